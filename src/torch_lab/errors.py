@@ -1,0 +1,137 @@
+"""Everything that can go wrong, and the exit code that each ends the command with.
+
+```
+Exception
+└── TorchLabError               1   the base of all of ours: a message, and often a hint
+    ├── UserError               2   a mistake in what the user gave; nothing was created
+    │   ├── ScriptError             a script that is not there, or that does not run
+    │   ├── HparamsError            a wrong key, type or value in `hparams`
+    │   ├── ComponentsError         a config function that is missing, or returned something wrong
+    │   └── CheckpointError         a run or a checkpoint that is not there, is damaged or does not fit
+    ├── SomeRunsFailedError     3   several runs were asked for, and some failed
+    └── NonFiniteError          4   a loss became NaN or infinite
+BaseException
+└── Interrupted     128 + signal    a signal asked the run to end
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import signal
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ComponentsError",
+    "ExitCode",
+    "HparamsError",
+    "Interrupted",
+    "NonFiniteError",
+    "ScriptError",
+    "SomeRunsFailedError",
+    "TorchLabError",
+    "UserError",
+    "did_you_mean",
+]
+
+
+class ExitCode(enum.IntEnum):
+    """What the commands' exit codes mean."""
+
+    DONE = 0
+    """The run completed."""
+    CODE_FAILED = 1
+    """The user's code raised an exception."""
+    USAGE = 2
+    """The command line, a script or the hparams are wrong; nothing was created."""
+    SOME_FAILED = 3
+    """Several runs were asked for, and some of them failed."""
+    NON_FINITE = 4
+    """A loss became NaN or infinite."""
+    NO_TRACKING = 5
+    """Tracking was demanded, and is not to be had."""
+    HANGUP = 128 + signal.SIGHUP
+    """Stopped by SIGHUP."""
+    INTERRUPT = 128 + signal.SIGINT
+    """Stopped by SIGINT (Ctrl-C)."""
+    TERMINATED = 128 + signal.SIGTERM
+    """Stopped by SIGTERM."""
+
+
+class TorchLabError(Exception):
+    """The base of all errors of torch_lab.
+
+    Args:
+        message: What is wrong and where, in one line.
+        hint: How to mend it, when the message does not say it already.
+    """
+
+    exit_code = ExitCode.CODE_FAILED
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type[TorchLabError], tuple[str, str | None]]:
+        return type(self), (self.message, self.hint)
+
+
+class UserError(TorchLabError):
+    """A mistake in what the user gave, found before anything was created."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ScriptError(UserError):
+    """A script that is not there, or that does not run."""
+
+
+class HparamsError(UserError):
+    """A wrong key, type or value in `hparams`."""
+
+
+class ComponentsError(UserError):
+    """A config function that is missing, or that returned something wrong."""
+
+
+class CheckpointError(UserError):
+    """A run or a checkpoint that is not there, is damaged or does not fit."""
+
+
+class SomeRunsFailedError(TorchLabError):
+    """Several runs were asked for, and some of them failed."""
+
+    exit_code = ExitCode.SOME_FAILED
+
+
+class NonFiniteError(TorchLabError):
+    """A loss became NaN or infinite."""
+
+    exit_code = ExitCode.NON_FINITE
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to end.
+
+    Not an `Exception`, so that a user's `except Exception` does not swallow it.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signal.Signals(signum)
+
+    def __str__(self) -> str:
+        return self.signum.name
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode(128 + self.signum)
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `"; did you mean X?"` for the choice nearest to `name`, or `""` when none is near."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
