@@ -1,0 +1,255 @@
+"""Scripts run as modules: afresh each time, importable by name in any process, apart from each other.
+
+A script at `/project/00_demo/hparams.py` becomes the module
+`torch_lab.scripts./project/00_demo.hparams`. The name holds the path, so that a spawned process,
+which knows nothing of this one, finds the script again when it unpickles a class that was defined
+in it. A second run of the same script in one process is `….hparams#2`.
+
+While a script runs, its siblings are importable (`import helpers`, `from .helpers import Net`), as
+they are for `python script.py`. They get names of the same kind, so that two experiments may each
+have a `helpers.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+from torch_lab.errors import ScriptError, did_you_mean
+
+__all__ = ["Layer", "copied", "import_script_as_module", "layers_of", "siblings_importable"]
+
+__path__: list[str] = []  # Makes this module a package: scripts are its sub-modules.
+
+_RUN_NUMBER = re.compile(r"#\d+$")
+_running: ContextVar[tuple[Path, ...]] = ContextVar("running scripts", default=())
+_layers: ContextVar[list[Layer] | None] = ContextVar("layers of the running script", default=None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A script that ran, and the hparams that it held when it ended."""
+
+    path: Path
+    hparams: Any
+
+
+def import_script_as_module(path: str | Path) -> ModuleType:
+    """Run a script afresh and return its module.
+
+    Every call runs the script again, so two layers never share a dictionary. The module is
+    registered under a name of its own: an `if __name__ == "__main__":` block does not fire, and
+    classes defined in the script can be pickled.
+
+    Args:
+        path: Absolute, or with `~`, or relative: to the script that is calling if the file is
+            there, else to the working directory.
+
+    Raises:
+        ScriptError: No such script, a syntax error in it, or scripts that import each other in a circle.
+    """
+    script = _found(path)
+    _refuse_circle(script)
+    layers: list[Layer] = []
+    outer = _layers.set(layers)
+    try:
+        module = importlib.import_module(_unused_name(script))
+    except SyntaxError as error:
+        raise _syntax_error(error) from error
+    finally:
+        _layers.reset(outer)
+    layers.append(Layer(script, copied(getattr(module, "hparams", None))))
+    vars(module)["__layers__"] = tuple(layers)
+    if (above := _layers.get()) is not None:
+        above.extend(layers)
+    return module
+
+
+def layers_of(module: ModuleType) -> tuple[Layer, ...]:
+    """Return every script that ran for `module`, the base layer first and the script itself last."""
+    layers: tuple[Layer, ...] = vars(module)["__layers__"]
+    return layers
+
+
+@contextlib.contextmanager
+def siblings_importable(folder: Path) -> Iterator[None]:
+    """Let `import name` find the modules in `folder` while the context lasts; `sys.path` stays as it is."""
+    finder = _SiblingFinder(folder)
+    before = set(sys.modules)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in finder.short_names - before:
+            sys.modules.pop(name, None)
+
+
+def _found(path: str | Path) -> Path:
+    script = Path(path).expanduser()
+    if not script.is_absolute():
+        calling = _running.get()
+        beside = calling[-1].parent / script if calling else script
+        script = beside if beside.is_file() else script
+    script = script.resolve()
+    if script.is_file():
+        return script
+    if script.is_dir():
+        raise ScriptError(f"{path} is a directory, not a script")
+    names = (
+        [sibling.name for sibling in script.parent.glob("*.py")] if script.parent.is_dir() else []
+    )
+    raise ScriptError(f"{path}: no such script{did_you_mean(script.name, names)}")
+
+
+def _refuse_circle(script: Path) -> None:
+    running = _running.get()
+    if script in running:
+        circle = [*running[running.index(script) :], script]
+        raise ScriptError(
+            "scripts import each other in a circle: "
+            + " -> ".join(_shortest(step) for step in circle),
+            hint="move what they share into a script that imports none of them",
+        )
+
+
+def _shortest(path: Path) -> str:
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def _syntax_error(error: SyntaxError) -> ScriptError:
+    where = f"{_shortest(Path(error.filename))}:{error.lineno}" if error.filename else "script"
+    line = (error.text or "").rstrip("\n")
+    indent = len(line) - len(line.lstrip())
+    caret = " " * max((error.offset or 1) - 1 - indent, 0) + "^"
+    return ScriptError(f"{where}: {error.msg}", hint=f"{line.lstrip()}\n{caret}" if line else None)
+
+
+def copied(value: Any) -> Any:
+    """Return `value` with its dictionaries and lists copied, and everything in them shared."""
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if type(value) is list:
+        return [copied(item) for item in value]
+    return value
+
+
+def _name_of(script: Path) -> str:
+    """Return the module name of `script`; dots would separate packages, so those of the path are escaped."""
+    folder = str(script.parent).replace("%", "%25").replace(".", "%2E")
+    return f"{__name__}.{folder}.{script.stem.replace('%', '%25').replace('.', '%2E')}"
+
+
+def _unused_name(script: Path) -> str:
+    name = _name_of(script)
+    numbered = (f"{name}#{number}" for number in itertools.count(2))
+    return next(
+        candidate for candidate in itertools.chain([name], numbered) if candidate not in sys.modules
+    )
+
+
+def _unescaped(part: str) -> str:
+    return part.replace("%2E", ".").replace("%25", "%")
+
+
+class _ScriptFinder(importlib.abc.MetaPathFinder):
+    """Finds `torch_lab.scripts.<folder>` and `torch_lab.scripts.<folder>.<script>`, in any process."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith(f"{__name__}."):
+            return None
+        folder, *inner = (
+            _unescaped(part) for part in fullname.removeprefix(f"{__name__}.").split(".")
+        )
+        if not inner:
+            return importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+        place = Path(folder).joinpath(*inner[:-1])
+        stem = _RUN_NUMBER.sub("", inner[-1])
+        package = place / stem / "__init__.py"
+        if package.is_file():
+            return importlib.util.spec_from_file_location(
+                fullname, package, submodule_search_locations=[str(package.parent)]
+            )
+        script = place / f"{stem}.py"
+        loader = _ScriptLoader(fullname, str(script))
+        return importlib.util.spec_from_loader(fullname, loader) if script.is_file() else None
+
+
+class _ScriptLoader(importlib.machinery.SourceFileLoader):
+    """Runs a script with its siblings importable, and with relative layers found beside it."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        # Never from a cached .pyc: it counts as fresh when an edit keeps size and second.
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
+
+    def exec_module(self, module: ModuleType) -> None:
+        script = Path(self.path)
+        token = _running.set((*_running.get(), script))
+        try:
+            with siblings_importable(script.parent):
+                super().exec_module(module)
+        finally:
+            _running.reset(token)
+
+
+class _SiblingFinder(importlib.abc.MetaPathFinder):
+    """Makes `import name` import `torch_lab.scripts.<folder>.name`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.short_names: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        top = fullname.partition(".")[0]
+        # A sibling named like a module of the standard library would break whatever imports that one next.
+        if top in sys.stdlib_module_names or not self._has(top):
+            return None
+        self.short_names.add(fullname)
+        full = ".".join([_name_of(self.folder / "x").removesuffix(".x"), *fullname.split(".")])
+        return importlib.machinery.ModuleSpec(fullname, _Alias(full))
+
+    def _has(self, name: str) -> bool:
+        return (self.folder / f"{name}.py").is_file() or (
+            self.folder / name / "__init__.py"
+        ).is_file()
+
+
+class _Alias(importlib.abc.Loader):
+    """Loads the module named `full`, and leaves it in `sys.modules` under the short name as well."""
+
+    def __init__(self, full: str) -> None:
+        self.full = full
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        sys.modules[module.__spec__.name] = importlib.import_module(self.full)
+
+
+def _install_finder() -> None:
+    if not any(isinstance(finder, _ScriptFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_ScriptFinder())
+
+
+# The one piece of work at import: without it a spawned process could not import the scripts by their names.
+_install_finder()

@@ -1,0 +1,109 @@
+"""Small tools that know nothing of experiments and runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch_lab.scripts import import_script_as_module
+
+__all__ = [
+    "dict_as_str",
+    "flattened",
+    "import_script_as_module",
+    "parameters_of",
+    "process_rank",
+    "shown",
+    "write_atomically",
+]
+
+
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by their dotted keys; an empty dictionary is a leaf."""
+    return dict(_leaves(nested, prefix))
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def dict_as_str(nested: Mapping[str, Any]) -> str:
+    """Return a dictionary as text to read: a line for each leaf, with its dotted key."""
+    return "\n".join(f"{key}: {value!r}" for key, value in flattened(nested).items())
+
+
+def shown(path: Path) -> str:
+    """Return `path` as a person would type it: relative to the working directory when it is below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that the file is, at any moment, either the old one or the new one whole."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def process_rank() -> int:
+    """Return this process's rank among those that train together, as its launcher tells in the environment.
+
+    0 when nothing is told. Known launchers: torchrun, SLURM, and Lightning's own, which starts the
+    script again with `LOCAL_RANK` set.
+    """
+    for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+    return int(os.environ.get("LOCAL_RANK", "0")) or node
+
+
+def parameters_of(module: str, function: str) -> tuple[str, ...]:
+    """Return the names of a function's parameters, read from its source: nothing is imported.
+
+    Importing Lightning or ClearML takes seconds; a misspelt key is to be found before that.
+
+    Args:
+        module: Dotted name, like `"pytorch_lightning.trainer.trainer"`.
+        function: Name of a function, or `"Class.method"`.
+    """
+    package, *inner = module.split(".")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
+    path = Path(spec.submodule_search_locations[0]).joinpath(*inner).with_suffix(".py")
+    return _parameters(_definition(path.read_text(encoding="utf-8"), function))
+
+
+def _definition(source: str, function: str) -> ast.FunctionDef:
+    scope: list[ast.stmt] = ast.parse(source).body
+    *classes, name = function.split(".")
+    for class_name in classes:
+        scope = next(
+            node.body
+            for node in scope
+            if isinstance(node, ast.ClassDef) and node.name == class_name
+        )
+    return next(node for node in scope if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+def _parameters(definition: ast.FunctionDef) -> tuple[str, ...]:
+    arguments = definition.args
+    names = [item.arg for item in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return tuple(name for name in names if name not in ("self", "cls"))
