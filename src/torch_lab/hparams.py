@@ -1,0 +1,290 @@
+"""Hparams: one plain dictionary, checked and completed once, so that nobody below asks again.
+
+The sections are `task`, `checkpoint`, `trainer`, `config` and `seed`; all are optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch_lab.errors import HparamsError, UserError, did_you_mean
+from torch_lab.scripts import copied
+from torch_lab.utils import parameters_of, shown
+
+__all__ = ["CheckpointChoice", "DevRun", "Hparams", "TrainerArguments"]
+
+_SECTIONS = ("task", "checkpoint", "trainer", "config", "seed")
+_TRAINER = ("pytorch_lightning.trainer.trainer", "Trainer")
+_COMPONENTS = "it comes from what the config function returns"
+_CHECKPOINT = 'set hparams["checkpoint"] instead'
+_OWNED = {
+    "init": {
+        "logger": "metrics always go to the run folder; add callbacks for anything else",
+        "default_root_dir": "the run folder is used; TORCH_LAB_ROOT moves it",
+    },
+    "fit": {
+        "model": _COMPONENTS,
+        "train_dataloaders": _COMPONENTS,
+        "val_dataloaders": _COMPONENTS,
+        "datamodule": _COMPONENTS,
+        "ckpt_path": _CHECKPOINT,
+        "weights_only": "checkpoints are always read with weights_only=True",
+    },
+}
+_OWNED_IN_OTHERS = {**_OWNED["fit"], "dataloaders": _COMPONENTS}
+
+
+@dataclass(frozen=True)
+class CheckpointChoice:
+    """Where training goes on from, or inference takes its weights from."""
+
+    checkpoint_task_id: str | None = None
+    """A run's name, a ClearML task id, or a path; None for none."""
+    checkpoint_name: str = "last"
+    """Name of the checkpoint in that run, with or without `.ckpt`."""
+    weights_only: bool = False
+    """Whether to take the weights alone, and start at step 0."""
+
+
+@dataclass(frozen=True)
+class TrainerArguments:
+    """Keyword arguments for Lightning's `Trainer` and its calls."""
+
+    init: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    validate: dict[str, Any] = field(default_factory=dict)
+    test: dict[str, Any] = field(default_factory=dict)
+    predict: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DevRun:
+    """How much of the data a development run overfits on: a number of batches, or a fraction."""
+
+    size: int | float
+
+    @classmethod
+    def parse(cls, given: str | int | float) -> DevRun:
+        """Return the dev run that `given` means: an int counts batches (-1 is one), a float is a fraction.
+
+        Raises:
+            UserError: Neither of them.
+        """
+        try:
+            size: int | float = _number(given)
+        except ValueError:
+            raise _not_a_dev_run(given) from None
+        if size == -1 and isinstance(size, int):
+            size = 1
+        if size <= 0 or (isinstance(size, float) and not size <= 1):
+            raise _not_a_dev_run(given)
+        return cls(size)
+
+    def __str__(self) -> str:
+        if isinstance(self.size, float):
+            return "all batches" if self.size == 1 else f"{self.size:.4g} of the batches"
+        return f"{self.size} batch{'es' if self.size > 1 else ''}"
+
+
+def _number(given: str | int | float) -> int | float:
+    if isinstance(given, bool):
+        raise ValueError
+    if not isinstance(given, str):
+        return given
+    try:
+        return int(given)
+    except ValueError:
+        return float(given)
+
+
+def _not_a_dev_run(given: object) -> UserError:
+    return UserError(
+        f"--dev-run {given}: expected a number of batches (1, 8), a fraction above 0.0 and at most 1.0, "
+        "or -1 for one batch"
+    )
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """The hparams of one experiment, checked, with their defaults filled in."""
+
+    path: Path
+    task: dict[str, Any]
+    checkpoint: CheckpointChoice
+    trainer: TrainerArguments
+    config: dict[str, Any]
+    seed: int
+
+    @classmethod
+    def parse(cls, given: object, path: Path, project_name: str) -> Hparams:
+        """Return `given`, the dictionary named `hparams` in the script at `path`, checked and completed.
+
+        Args:
+            given: What the script holds.
+            path: The script; errors name it.
+            project_name: The value of `task.project_name` when the script gives none.
+
+        Raises:
+            HparamsError: An unknown key, or a value of the wrong type.
+        """
+        check = _Check(path)
+        sections = check.is_dict(given, "hparams")
+        check.are_known(sections, _SECTIONS, "hparams")
+        return cls(
+            path=path,
+            task={"project_name": project_name} | check.task(sections.get("task", {})),
+            checkpoint=check.checkpoint(sections.get("checkpoint", {})),
+            trainer=check.trainer(sections.get("trainer", {})),
+            config=check.config(sections.get("config", {})),
+            seed=check.seed(sections.get("seed", 0)),
+        )
+
+    @property
+    def monitor(self) -> str:
+        """The metric that says which checkpoint is the best."""
+        return str(self.config.get("monitor", "loss/validate"))
+
+    @property
+    def monitor_mode(self) -> str:
+        """Whether the best is the lowest (`"min"`) or the highest (`"max"`)."""
+        return str(self.config.get("monitor_mode", "min"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the whole dictionary, defaults included, as config functions get it; theirs to change."""
+        plain = {
+            "task": self.task,
+            "checkpoint": dict(vars(self.checkpoint)),
+            "trainer": dict(vars(self.trainer)),
+            "config": self.config,
+            "seed": self.seed,
+        }
+        result: dict[str, Any] = copied(plain)
+        return result
+
+    def for_dev_run(self, dev_run: DevRun) -> Hparams:
+        """Return the hparams that overfit on a few batches, and leave no checkpoint."""
+        init = {
+            **self.trainer.init,
+            "overfit_batches": dev_run.size,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+        }
+        if not {"max_epochs", "max_steps", "max_time"} & set(self.trainer.init):
+            init["max_epochs"] = 100
+        return replace(
+            self,
+            task={**self.task, "project_name": "test"},
+            trainer=replace(self.trainer, init=init),
+            config={**self.config, "num_workers": 0},
+        )
+
+    def for_debug(self) -> Hparams:
+        """Return the hparams that find anomalies in the backward pass, without worker processes."""
+        return replace(
+            self,
+            trainer=replace(self.trainer, init={**self.trainer.init, "detect_anomaly": True}),
+            config={**self.config, "num_workers": 0},
+        )
+
+
+class _Check:
+    """Checks values, with the path of their script at hand for the errors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def error(self, message: str, hint: str | None = None) -> HparamsError:
+        return HparamsError(f"{shown(self.path)}: {message}", hint)
+
+    def is_dict(self, value: object, name: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            mend = (
+                "; leave it out to have its defaults" if value is None and name != "hparams" else ""
+            )
+            raise self.error(f"{name} must be a dictionary, not {_described(value)}{mend}")
+        for key in value:
+            if not isinstance(key, str) and name != "config":
+                raise self.error(f"{name} has the key {key!r}; keys are strings")
+        return value
+
+    def are_known(self, given: Iterable[str], known: Iterable[str], name: str) -> None:
+        choices = list(known)
+        for key in given:
+            if key not in choices:
+                suggestion = did_you_mean(key, choices)
+                hint = None if suggestion else f"it may have: {', '.join(choices)}"
+                raise self.error(f"{name} has the unknown key {key!r}{suggestion}", hint)
+
+    def is_type(
+        self, value: object, kind: type | tuple[type, ...], name: str, expected: str
+    ) -> None:
+        if not isinstance(value, kind):
+            raise self.error(f"{name} must be {expected}, not {_described(value)}")
+
+    def task(self, given: object) -> dict[str, Any]:
+        task = self.is_dict(given, "task")
+        if task:
+            self.are_known(task, parameters_of("clearml.task", "Task.init"), "task")
+        for name in ("project_name", "task_name"):
+            self.is_type(task.get(name), (str, type(None)), f"task.{name}", "a string")
+        return {key: value for key, value in task.items() if value is not None}
+
+    def checkpoint(self, given: object) -> CheckpointChoice:
+        checkpoint = self.is_dict(given, "checkpoint")
+        self.are_known(checkpoint, vars(CheckpointChoice()), "checkpoint")
+        source = checkpoint.get("checkpoint_task_id")
+        kinds = (str, Path, type(None))
+        self.is_type(
+            source, kinds, "checkpoint.checkpoint_task_id", "a run, a task id, a path or None"
+        )
+        name = checkpoint.get("checkpoint_name", "last")
+        self.is_type(name, str, "checkpoint.checkpoint_name", "a string")
+        weights_only = checkpoint.get("weights_only", False)
+        self.is_type(weights_only, bool, "checkpoint.weights_only", "True or False")
+        return CheckpointChoice(
+            str(source) if source else None, name.removesuffix(".ckpt"), weights_only
+        )
+
+    def trainer(self, given: object) -> TrainerArguments:
+        trainer = self.is_dict(given, "trainer")
+        self.are_known(trainer, vars(TrainerArguments()), "trainer")
+        calls = {call: self.trainer_call(call, trainer[call]) for call in trainer}
+        return TrainerArguments(**calls)
+
+    def trainer_call(self, call: str, given: object) -> dict[str, Any]:
+        name = f"trainer.{call}"
+        arguments = self.is_dict(given, name)
+        owned: Mapping[str, str] = _OWNED.get(call, _OWNED_IN_OTHERS)
+        for key in arguments:
+            if key in owned:
+                raise self.error(f"{name}.{key} is not yours to set: {owned[key]}")
+        if arguments:
+            module, trainer = _TRAINER
+            method = "__init__" if call == "init" else call
+            parameters = parameters_of(module, f"{trainer}.{method}")
+            self.are_known(arguments, [key for key in parameters if key not in owned], name)
+        return arguments
+
+    def config(self, given: object) -> dict[str, Any]:
+        config = self.is_dict(given, "config")
+        self.is_type(config.get("monitor", ""), str, "config.monitor", "the name of a metric")
+        mode = config.get("monitor_mode", "min")
+        if mode not in ("min", "max"):
+            raise self.error(f'config.monitor_mode must be "min" or "max", not {mode!r}')
+        return config
+
+    def seed(self, given: object) -> int:
+        if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given < 2**32:
+            raise self.error(
+                f"seed must be a whole number from 0 to {2**32 - 1}, not {_described(given)}"
+            )
+        return given
+
+
+def _described(value: object) -> str:
+    if value is None:
+        return "None"
+    return f"{value!r} ({type(value).__name__})" if len(repr(value)) <= 40 else type(value).__name__
