@@ -1,0 +1,396 @@
+"""Runs on disk: their names, their versions, and the folder that is the truth about each.
+
+```
+data/artifacts/<experiment>-<hparams>-v<N>/
+    run.json        what ran, where, when, how it ended: see `RunRecord`
+    sources/        every script of the run, and the uncommitted changes of the project
+    metrics/        TensorBoard event files
+    checkpoints/    last.ckpt and best.ckpt, each with a sidecar of the same name in JSON
+    plots/          figures of metrics
+    console.log     what the terminal showed
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch_lab.errors import CheckpointError, did_you_mean
+from torch_lab.utils import write_atomically
+
+__all__ = [
+    "CodeState",
+    "Run",
+    "RunRecord",
+    "artifacts_folder",
+    "code_state",
+    "decoded",
+    "encoded",
+    "find_run",
+    "project_root",
+]
+
+_VERSION = re.compile(r"-v(\d+)$")
+_RECORD = "run.json"
+
+
+def project_root(start: Path) -> Path:
+    """Return the project that `start` lies in: the nearest parent with a `pyproject.toml` or `.git`.
+
+    `TORCH_LAB_ROOT` overrides it; without any of them it is the working directory.
+    """
+    if override := os.environ.get("TORCH_LAB_ROOT"):
+        return Path(override).expanduser().resolve()
+    for folder in (start, *start.parents):
+        if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
+            return folder
+    return Path.cwd()
+
+
+def artifacts_folder(root: Path) -> Path:
+    """Return the folder that holds the runs of the project at `root`."""
+    return root / "data" / "artifacts"
+
+
+@dataclass(frozen=True)
+class CodeState:
+    """The state of the project's code in git; empty outside a git checkout."""
+
+    commit: str | None = None
+    branch: str | None = None
+    changes: str = ""
+    """The difference of the working tree to the commit, as a patch."""
+
+    def __str__(self) -> str:
+        if self.commit is None:
+            return "not under git"
+        changed = ", with uncommitted changes" if self.changes else ""
+        return f"{self.branch} {self.commit[:8]}{changed}"
+
+
+def code_state(root: Path) -> CodeState:
+    """Return the state of the code below `root`."""
+    status = _git(root, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+    head = dict(re.findall(r"^# branch\.(oid|head) (.*)$", status, flags=re.MULTILINE))
+    if head.get("oid", "(initial)") == "(initial)":
+        return CodeState()
+    changed = any(line and not line.startswith("#") for line in status.splitlines())
+    changes = _git(root, "diff", "--binary", "HEAD") if changed else ""
+    return CodeState(head["oid"], head["head"], changes)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """Return what git prints, or nothing where there is no git, no checkout, or no answer in time."""
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode(errors="replace")
+
+
+@dataclass
+class RunRecord:
+    """What `run.json` holds."""
+
+    id: str
+    name: str
+    version: int
+    experiment: str
+    script: str
+    """Path of the hparams script."""
+    hparams: dict[str, Any]
+    """The resolved hparams, with their types; see `encoded`."""
+    seed: int
+    state: str = "running"
+    """One of running, completed, failed, stopped."""
+    reason: str | None = None
+    """Why it failed or stopped."""
+    started: str = field(default_factory=lambda: _now())
+    ended: str | None = None
+    argv: list[str] = field(default_factory=lambda: list(sys.argv))
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    python: str = field(default_factory=lambda: sys.version.split()[0])
+    packages: dict[str, str] = field(default_factory=lambda: _installed_packages())
+    commit: str | None = None
+    branch: str | None = None
+    changed: bool = False
+    """Whether the code differed from the commit; `sources/changes.diff` says in what."""
+    parent: dict[str, Any] | None = None
+    """The run and checkpoint that this run went on from."""
+    clearml_task_id: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last value of every metric."""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _installed_packages() -> dict[str, str]:
+    """Return the installed distributions, read from folder names alone: opening each costs 0.1 s."""
+    found: dict[str, str] = {}
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder or "."):
+                name, _, version = entry.name.removesuffix(".dist-info").rpartition("-")
+                if entry.name.endswith(".dist-info"):
+                    found.setdefault(name.replace("_", "-").lower(), version)
+    return dict(sorted(found.items()))
+
+
+@dataclass
+class Run:
+    """One execution of an experiment: its folder, and the record in it."""
+
+    folder: Path
+    record: RunRecord
+
+    @classmethod
+    def plan(cls, artifacts: Path, base_name: str, **record: Any) -> Run:
+        """Return a run that is not on disk yet, and so has no version.
+
+        Args:
+            artifacts: The folder of the project's runs.
+            base_name: The run's name without its version.
+            record: Fields of `RunRecord`.
+        """
+        return cls(artifacts / base_name, RunRecord(uuid.uuid4().hex, base_name, 0, **record))
+
+    def reserve(self) -> None:
+        """Take the next version of the run's name, and create its folder with the record in it.
+
+        Creating the folder is what reserves the version: of two launches in the same instant one
+        fails to, and takes the next.
+        """
+        artifacts, base_name = self.folder.parent, self.record.name
+        artifacts.mkdir(parents=True, exist_ok=True)
+        version = max(_versions(artifacts, base_name), default=0) + 1
+        while True:
+            folder = artifacts / f"{base_name}-v{version}"
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                version += 1
+        self.folder, self.record.name, self.record.version = folder, folder.name, version
+        self.write()
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Return the run in `folder`.
+
+        Raises:
+            CheckpointError: There is no run in it.
+        """
+        try:
+            found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+            known = {item.name for item in fields(RunRecord)}
+            return cls(folder, RunRecord(**{key: found[key] for key in found if key in known}))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder} holds no run: {_RECORD}: {error}") from None
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def metrics_folder(self) -> Path:
+        return self.folder / "metrics"
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def plots_folder(self) -> Path:
+        return self.folder / "plots"
+
+    @property
+    def console_log(self) -> Path:
+        return self.folder / "console.log"
+
+    @property
+    def state(self) -> str:
+        """One of running, completed, failed, stopped."""
+        return self.record.state
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """The resolved hparams that the run had, in their own types."""
+        result: dict[str, Any] = decoded(self.record.hparams)
+        return result
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of every metric."""
+        return self.record.metrics
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """What the sidecar of the best checkpoint says (score, step, epoch, sha256, …), if there is one."""
+        return self.sidecar("best")
+
+    @property
+    def best_score(self) -> float | None:
+        """The monitored metric's value at the best checkpoint, if there is one."""
+        return self.best["score"] if self.best else None
+
+    def checkpoint(self, name: str) -> Path:
+        """Return the path of the checkpoint `name`, with or without `.ckpt`; it may be missing."""
+        return _checkpoint(self.folder, name)
+
+    def sidecar(self, name: str) -> dict[str, Any] | None:
+        """Return what the sidecar of the checkpoint `name` says, if there is one."""
+        try:
+            text = self.checkpoint(name).with_suffix(".json").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def write(self) -> None:
+        """Write the record."""
+        text = json.dumps(asdict(self.record), indent=2, ensure_ascii=False)
+        write_atomically(self.folder / _RECORD, text + "\n")
+
+    def write_sources(self, root: Path, scripts: Iterable[Path], changes: str) -> None:
+        """Copy `scripts` into the run, by their paths below `root`, with the uncommitted changes."""
+        sources = self.folder / "sources"
+        sources.mkdir()
+        for script in scripts:
+            below = script.is_relative_to(root)
+            target = sources / (
+                script.relative_to(root) if below else script.relative_to(script.anchor)
+            )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(script, target)
+        if changes:
+            (sources / "changes.diff").write_text(changes, encoding="utf-8")
+
+    def close(self, state: str, metrics: Mapping[str, float], reason: str | None = None) -> None:
+        """Record how the run ended."""
+        self.record.state = state
+        self.record.metrics = dict(metrics)
+        self.record.reason = reason
+        self.record.ended = _now()
+        self.write()
+
+    def discard(self) -> None:
+        """Remove the run from disk, for mistakes that are found after its folder was made."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _checkpoint(folder: Path, name: str) -> Path:
+    return folder / "checkpoints" / f"{name.removesuffix('.ckpt')}.ckpt"
+
+
+def _versions(artifacts: Path, base_name: str) -> Iterator[int]:
+    for entry in os.scandir(artifacts):
+        match = _VERSION.search(entry.name)
+        if match and entry.name[: match.start()] == base_name:
+            yield int(match[1])
+
+
+def find_run(artifacts: Path, wanted: str, having: str) -> Run:
+    """Return the run that `wanted` means.
+
+    Args:
+        artifacts: The folder of the project's runs.
+        wanted: A run's name; a name without its version, for the newest such run that has the
+            checkpoint; a run's id; or the id of its ClearML task.
+        having: The name of a checkpoint that the newest run must have.
+
+    Raises:
+        CheckpointError: There is no such run.
+    """
+    folders = (
+        [entry for entry in artifacts.iterdir() if entry.is_dir()] if artifacts.is_dir() else []
+    )
+    names = {folder.name: folder for folder in folders}
+    if wanted in names:
+        return Run.read(names[wanted])
+    versions = sorted(_versions(artifacts, wanted), reverse=True) if folders else []
+    if versions:
+        candidates = [artifacts / f"{wanted}-v{version}" for version in versions]
+        complete = (folder for folder in candidates if _checkpoint(folder, having).is_file())
+        return Run.read(next(complete, candidates[0]))
+    if re.fullmatch(r"[0-9a-f]{32}", wanted):
+        return _run_with_id(folders, wanted, artifacts)
+    base_names = {_VERSION.sub("", name) for name in names}
+    raise CheckpointError(
+        f"there is no run {wanted!r} in {artifacts}{did_you_mean(wanted, base_names | set(names))}"
+    )
+
+
+def _run_with_id(folders: Iterable[Path], wanted: str, artifacts: Path) -> Run:
+    for folder in folders:
+        with contextlib.suppress(CheckpointError):
+            run = Run.read(folder)
+            if wanted in (run.record.id, run.record.clearml_task_id):
+                return run
+    raise CheckpointError(f"no run in {artifacts} has the id or the ClearML task id {wanted}")
+
+
+def encoded(value: Any) -> Any:
+    """Return `value` in what JSON can hold, so that `decoded` gives it back in its own types.
+
+    Tuples, sets, paths, bytes, non-finite floats and dictionaries with other keys than strings
+    become `{"__type__": …, "value": …}`; of anything else its `repr` is kept.
+    """
+    if value is None or isinstance(value, (bool, str)) or type(value) is int:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else _tagged("float", repr(value))
+    if type(value) is list:
+        return [encoded(item) for item in value]
+    if type(value) is dict:
+        if all(isinstance(key, str) and key != "__type__" for key in value):
+            return {key: encoded(item) for key, item in value.items()}
+        return _tagged("dict", [[encoded(key), encoded(item)] for key, item in value.items()])
+    if type(value) in (tuple, set, frozenset):
+        return _tagged(type(value).__name__, [encoded(item) for item in value])
+    if isinstance(value, Path):
+        return _tagged("path", str(value))
+    return _tagged("repr", repr(value))
+
+
+def _tagged(kind: str, value: Any) -> dict[str, Any]:
+    return {"__type__": kind, "value": value}
+
+
+def decoded(value: Any) -> Any:
+    """Return what `encoded` was given; of what only its `repr` was kept, that string."""
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "__type__" not in value:
+        return {key: decoded(item) for key, item in value.items()}
+    inner = value["value"]
+    match value["__type__"]:
+        case "float":
+            return float(inner)
+        case "path":
+            return Path(inner)
+        case "dict":
+            return {decoded(key): decoded(item) for key, item in inner}
+        case "tuple" | "set" | "frozenset" as kind:
+            collection = {"tuple": tuple, "set": set, "frozenset": frozenset}[kind]
+            return collection(decoded(item) for item in inner)
+    return inner
