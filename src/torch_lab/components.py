@@ -1,0 +1,179 @@
+"""Components: what a config function returns, checked.
+
+A mistake here would otherwise show minutes later, deep inside Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch_lab.errors import ComponentsError, did_you_mean
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+__all__ = ["InferComponents", "TrainComponents"]
+
+_T = TypeVar("_T")
+_LOADERS = ("train_dataloaders", "val_dataloaders", "test_dataloaders")
+
+
+@dataclass(frozen=True)
+class TrainComponents:
+    """What `train_config` returned: a module, and either loaders or a datamodule."""
+
+    module: pl.LightningModule
+    train_dataloaders: Any = None
+    val_dataloaders: Any = None
+    test_dataloaders: Any = None
+    datamodule: pl.LightningDataModule | None = None
+    callbacks: Sequence[pl.Callback] = ()
+
+    @classmethod
+    def parse(cls, value: object, function: str) -> TrainComponents:
+        """Return `value`, which `function` returned, checked.
+
+        Raises:
+            ComponentsError: A wrong or missing key, a wrong type, or no data.
+        """
+        returned = _Returned(value, function)
+        if returned.has("datamodule"):
+            for key in filter(returned.has, _LOADERS):
+                raise returned.error(f"returned a datamodule and {key}; return one of them")
+            returned.check_keys(["module"], ["datamodule", *_LOADERS, "callbacks"])
+            data: dict[str, Any] = {"datamodule": returned.datamodule()}
+        else:
+            returned.check_keys(
+                ["module", "train_dataloaders"], [*_LOADERS[1:], "datamodule", "callbacks"]
+            )
+            data = {key: returned.loaders(key) for key in _LOADERS}
+        return cls(returned.module(), callbacks=returned.callbacks(), **data)
+
+
+@dataclass(frozen=True)
+class InferComponents:
+    """What `infer_config` returned."""
+
+    module: pl.LightningModule
+    predict_dataloaders: Any
+    callbacks: Sequence[pl.Callback] = ()
+
+    @classmethod
+    def parse(cls, value: object, function: str) -> InferComponents:
+        """Return `value`, which `function` returned, checked.
+
+        Raises:
+            ComponentsError: A wrong or missing key, a wrong type, or no data.
+        """
+        returned = _Returned(value, function)
+        returned.check_keys(["module", "predict_dataloaders"], ["callbacks"])
+        return cls(returned.module(), returned.loaders("predict_dataloaders"), returned.callbacks())
+
+
+class _Returned:
+    """What a config function returned, with the place to name in errors."""
+
+    def __init__(self, value: object, function: str) -> None:
+        self.function = function
+        if not isinstance(value, Mapping):
+            raise self.error(f"must return a dictionary, not {type(value).__name__}")
+        self.values = value
+
+    def error(self, message: str, hint: str | None = None) -> ComponentsError:
+        return ComponentsError(f"{self.function} {message}", hint)
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def check_keys(self, required: Iterable[str], optional: Iterable[str]) -> None:
+        known = [*required, *optional]
+        for key in self.values:
+            if key not in known:
+                raise self.error(
+                    f"returned the unknown key {key!r}{did_you_mean(str(key), known)}",
+                    f"it may return: {', '.join(known)}",
+                )
+        for key in required:
+            if not self.has(key):
+                raise self.error(f"returned no {key!r}")
+
+    def module(self) -> pl.LightningModule:
+        import pytorch_lightning as pl
+
+        return self._instance("module", pl.LightningModule)
+
+    def datamodule(self) -> pl.LightningDataModule:
+        import pytorch_lightning as pl
+
+        return self._instance("datamodule", pl.LightningDataModule)
+
+    def callbacks(self) -> Sequence[pl.Callback]:
+        import pytorch_lightning as pl
+
+        given = self.values.get("callbacks") or []
+        if not isinstance(given, (list, tuple)):
+            raise self.error(f"returned callbacks as {_kind(given)}; expected a list")
+        for index, callback in enumerate(given):
+            if not isinstance(callback, pl.Callback):
+                raise self.error(
+                    f"returned callbacks[{index}] as {_kind(callback)}; expected a Callback"
+                )
+        return list(given)
+
+    def loaders(self, key: str) -> Any:
+        """Return the loaders under `key`, after a look that there is something in them."""
+        given = self.values.get(key)
+        if given is None:
+            return None
+        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+            raise self.error(f"returned {key} as {_kind(given)}; expected a DataLoader, or several")
+        for name, loader in _each_loader(key, given):
+            self._check_not_empty(name, loader)
+        return given
+
+    def _instance(self, key: str, kind: type[_T]) -> _T:
+        value = self.values[key]
+        if isinstance(value, kind):
+            return value
+        hint = None
+        if type(value).__module__.startswith("lightning."):
+            hint = "it comes from the package lightning; import pytorch_lightning instead"
+        elif any(base.__module__.startswith("lightning.") for base in type(value).__mro__):
+            hint = "its base comes from the package lightning; import pytorch_lightning instead"
+        raise self.error(f"returned {key} as {_kind(value)}; expected a {kind.__name__}", hint)
+
+    def _check_not_empty(self, name: str, loader: object) -> None:
+        dataset = getattr(loader, "dataset", None)
+        if _length(dataset) == 0:
+            raise self.error(f"returned {name} over an empty dataset ({type(dataset).__name__})")
+        if _length(loader) == 0:
+            raise self.error(
+                f"returned {name} without a single batch",
+                "is drop_last set, with fewer samples than a batch?",
+            )
+
+
+def _length(value: object) -> int | None:
+    """Return how much is in `value`, or None where that is not known, as for iterable data."""
+    try:
+        return len(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _each_loader(name: str, given: object) -> Iterable[tuple[str, object]]:
+    """Yield every loader in `given`, with a name for errors."""
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            yield from _each_loader(f"{name}[{key!r}]", value)
+    elif isinstance(given, (list, tuple)):
+        for index, value in enumerate(given):
+            yield from _each_loader(f"{name}[{index}]", value)
+    else:
+        yield name, given
+
+
+def _kind(value: object) -> str:
+    return value.__name__ + " itself" if isinstance(value, type) else type(value).__name__

@@ -1,0 +1,223 @@
+"""Experiments: two scripts in, checked components out.
+
+An experiment is a folder with a config script, `__main__.py`, and hparams scripts beside it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, TracebackType
+
+from torch_lab.components import InferComponents, TrainComponents
+from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean
+from torch_lab.hparams import Hparams
+from torch_lab.scripts import Layer, import_script_as_module, layers_of, siblings_importable
+from torch_lab.utils import flattened, shown
+
+__all__ = ["Difference", "Experiment"]
+
+_CONFIG_SCRIPT = "__main__.py"
+_NOTHING = object()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A value that is not what the base layer says."""
+
+    key: str
+    base: object
+    value: object
+
+    def __str__(self) -> str:
+        before, after = (
+            "nothing" if side is _NOTHING else repr(side) for side in (self.base, self.value)
+        )
+        return f"{self.key} {before} -> {after}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An hparams script with the config script beside it."""
+
+    script: Path
+    """The hparams script."""
+    hparams: Hparams
+    layers: tuple[Layer, ...] = field(repr=False)
+    """Every script that made the hparams, the base first and `script` last."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Experiment:
+        """Run the hparams script at `path`, and check what it holds.
+
+        Raises:
+            ScriptError: There is no such script, it does not compile, or no config script is beside it.
+            HparamsError: It holds no `hparams`, or wrong ones.
+        """
+        script = _hparams_script(Path(path).expanduser())
+        module = import_script_as_module(script)
+        if not hasattr(module, "hparams"):
+            raise HparamsError(f"{shown(script)} defines no hparams", _names_in(module))
+        hparams = Hparams.parse(module.hparams, script, project_name=_package_name(script.parent))
+        return cls(script, hparams, layers_of(module))
+
+    @property
+    def folder(self) -> Path:
+        """The experiment's folder."""
+        return self.script.parent
+
+    @property
+    def name(self) -> str:
+        """The name of the experiment's folder."""
+        return self.folder.name
+
+    @property
+    def base_name(self) -> str:
+        """What names its runs, without their version."""
+        return f"{self.name}-{self.script.stem}"
+
+    @property
+    def config_script(self) -> Path:
+        """The config script."""
+        return self.folder / _CONFIG_SCRIPT
+
+    @property
+    def scripts(self) -> tuple[Path, ...]:
+        """Every script that makes the experiment, each once."""
+        return tuple(dict.fromkeys([*(layer.path for layer in self.layers), self.config_script]))
+
+    def differences(self) -> list[Difference]:
+        """Return in what the hparams differ from the base layer's; nothing when there is one layer only."""
+        first, last = self.layers[0].hparams, self.layers[-1].hparams
+        base = flattened(first) if isinstance(first, dict) else {}
+        own = flattened(last)
+        pairs = {key: (base.get(key, _NOTHING), own.get(key, _NOTHING)) for key in [*base, *own]}
+        return [
+            Difference(key, before, after)
+            for key, (before, after) in pairs.items()
+            if before is not after and repr(before) != repr(after)
+        ]
+
+    def train_components(self) -> TrainComponents:
+        """Return what `train_config` makes of the hparams.
+
+        Raises:
+            ScriptError: The config script does not compile.
+            ComponentsError: It has no `train_config`, or that returned something else than components.
+        """
+        function = self._config_function("train_config")
+        with siblings_importable(self.folder):
+            returned = _called(function, self.hparams.as_dict())
+        return TrainComponents.parse(returned, f"{shown(self.config_script)}: train_config")
+
+    def infer_components(self, arguments: Sequence[str]) -> InferComponents:
+        """Return what `infer_config` makes of the hparams and `arguments`.
+
+        Raises:
+            ScriptError: The config script does not compile.
+            ComponentsError: It has no `infer_config`, that takes other arguments, or it returned
+                something else than components.
+        """
+        function = self._config_function("infer_config")
+        self._check_arguments(function, arguments)
+        with siblings_importable(self.folder):
+            returned = _called(function, self.hparams.as_dict(), *arguments)
+        return InferComponents.parse(returned, f"{shown(self.config_script)}: infer_config")
+
+    def _config_function(self, name: str) -> Callable[..., object]:
+        module = import_script_as_module(self.config_script)
+        function: Callable[..., object] | None = getattr(module, name, None)
+        if not callable(function):
+            raise ComponentsError(
+                f"{shown(self.config_script)} defines no {name}{did_you_mean(name, _own_names(module))}",
+                _names_in(module),
+            )
+        return function
+
+    def _check_arguments(self, function: Callable[..., object], arguments: Sequence[str]) -> None:
+        signature = inspect.signature(function)
+        try:
+            signature.bind({}, *arguments)
+        except TypeError as error:
+            raise ComponentsError(
+                f"{shown(self.config_script)}: infer_config{signature}: {error}",
+                f"given after the path: {' '.join(arguments) or 'nothing'}",
+            ) from None
+
+
+def _hparams_script(path: Path) -> Path:
+    if path.is_dir():
+        scripts = sorted(item.name for item in path.glob("*.py") if item.name[:2] != "__")
+        held = (
+            f"its hparams scripts: {', '.join(scripts)}" if scripts else "it has no hparams scripts"
+        )
+        raise ScriptError(f"{path} is a directory; {held}")
+    if not path.is_file():
+        raise ScriptError(f"{path}: no such file{_nearest(path)}")
+    if path.name == _CONFIG_SCRIPT:
+        raise ScriptError(f"{path} is the config script; give an hparams script beside it")
+    if path.suffix != ".py":
+        raise ScriptError(f"{path} is not a Python script")
+    script = path.resolve()
+    if not (script.parent / _CONFIG_SCRIPT).is_file():
+        raise ScriptError(f"{shown(script.parent)} has no {_CONFIG_SCRIPT} beside {path.name}")
+    return script
+
+
+def _nearest(path: Path) -> str:
+    """Return a suggestion for the deepest part of `path` that is not there."""
+    missing = path
+    while not missing.parent.exists() and missing.parent != missing:
+        missing = missing.parent
+    names = [
+        item.name for item in missing.parent.iterdir() if item.is_dir() or item.suffix == ".py"
+    ]
+    suggestion = did_you_mean(missing.name, names)
+    if suggestion:
+        return suggestion
+    scripts = sorted(name for name in names if not name.startswith((".", "__")))[:8]
+    return f"; {missing.parent} has: {', '.join(scripts)}" if scripts else ""
+
+
+def _package_name(folder: Path) -> str:
+    """Return the name of the package that holds the experiment: of the folder around `experiments`."""
+    for parent in folder.parents:
+        if parent.name == "experiments" and parent.parent.name:
+            return parent.parent.name
+    package = folder
+    while (package.parent / "__init__.py").is_file():
+        package = package.parent
+    return package.name if package != folder else folder.parent.name or folder.name
+
+
+def _own_names(module: ModuleType) -> list[str]:
+    return [name for name in vars(module) if not name.startswith("_")]
+
+
+def _names_in(module: ModuleType) -> str:
+    return f"it has: {', '.join(_own_names(module)) or 'nothing'}"
+
+
+def _called(function: Callable[..., object], *arguments: object) -> object:
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        # torch refuses to shuffle nothing, far from the line that made the loader.
+        if "num_samples=0" not in str(error):
+            raise
+        raise ComponentsError(
+            f"{_line_of(error.__traceback__, function)}: the dataset is empty"
+        ) from None
+
+
+def _line_of(traceback: TracebackType | None, function: Callable[..., object]) -> str:
+    """Return the last place in the file of `function` that a traceback passes."""
+    file = inspect.getsourcefile(function) or ""
+    place = file
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == file:
+            place = f"{shown(Path(file))}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
