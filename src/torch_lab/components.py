@@ -18,6 +18,7 @@ __all__ = ["InferComponents", "TrainComponents"]
 
 _T = TypeVar("_T")
 _LOADERS = ("train_dataloaders", "val_dataloaders", "test_dataloaders")
+_STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class TrainComponents:
                 ["module", "train_dataloaders"], [*_LOADERS[1:], "datamodule", "callbacks"]
             )
             data = {key: returned.loaders(key) for key in _LOADERS}
-        return cls(returned.module(), callbacks=returned.callbacks(), **data)
+        stages = [stage for stage in _STEPS if data.get(f"{stage}_dataloaders") is not None]
+        module = returned.module_with("configure_optimizers", *(_STEPS[each] for each in stages))
+        return cls(module, callbacks=returned.callbacks(), **data)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,17 @@ class _Returned:
         import pytorch_lightning as pl
 
         return self._instance("module", pl.LightningModule)
+
+    def module_with(self, *hooks: str) -> pl.LightningModule:
+        """Return the module, after a look that its class defines `hooks`."""
+        import pytorch_lightning as pl
+        from pytorch_lightning.utilities.model_helpers import is_overridden
+
+        module = self.module()
+        for hook in hooks:
+            if not is_overridden(hook, module, pl.LightningModule):
+                raise self.error(f"returned a {_kind(module)} as module, which defines no {hook}")
+        return module
 
     def datamodule(self) -> pl.LightningDataModule:
         import pytorch_lightning as pl

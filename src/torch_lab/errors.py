@@ -6,8 +6,8 @@ Exception
     ├── UserError               2   a mistake in what the user gave; nothing was created
     │   ├── ScriptError             a script that is not there, or that does not run
     │   ├── HparamsError            a wrong key, type or value in `hparams`
-    │   ├── ComponentsError         a config function that is missing, or returned something wrong
-    │   └── CheckpointError         a run or a checkpoint that is not there, is damaged or does not fit
+    │   ├── ComponentsError         a config function is missing, or returned something wrong
+    │   └── CheckpointError         a run or a checkpoint is missing, damaged, or does not fit
     ├── SomeRunsFailedError     3   several runs were asked for, and some failed
     └── NonFiniteError          4   a loss became NaN or infinite
 BaseException
@@ -128,6 +128,7 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> ExitCode:
+        """128 and the signal's number, as shells have it."""
         return ExitCode(128 + self.signum)
 
 

@@ -53,7 +53,7 @@ class Experiment:
         """Run the hparams script at `path`, and check what it holds.
 
         Raises:
-            ScriptError: There is no such script, it does not compile, or no config script is beside it.
+            ScriptError: It is missing, does not compile, or has no config script beside it.
             HparamsError: It holds no `hparams`, or wrong ones.
         """
         script = _hparams_script(Path(path).expanduser())
@@ -89,7 +89,7 @@ class Experiment:
         return tuple(dict.fromkeys([*(layer.path for layer in self.layers), self.config_script]))
 
     def differences(self) -> list[Difference]:
-        """Return in what the hparams differ from the base layer's; nothing when there is one layer only."""
+        """Return in what the hparams differ from those of the base layer."""
         first, last = self.layers[0].hparams, self.layers[-1].hparams
         base = flattened(first) if isinstance(first, dict) else {}
         own = flattened(last)
@@ -105,7 +105,7 @@ class Experiment:
 
         Raises:
             ScriptError: The config script does not compile.
-            ComponentsError: It has no `train_config`, or that returned something else than components.
+            ComponentsError: It has no `train_config`, or that returned something else.
         """
         function = self._config_function("train_config")
         with siblings_importable(self.folder):
@@ -130,9 +130,9 @@ class Experiment:
         module = import_script_as_module(self.config_script)
         function: Callable[..., object] | None = getattr(module, name, None)
         if not callable(function):
+            near = did_you_mean(name, _own_names(module))
             raise ComponentsError(
-                f"{shown(self.config_script)} defines no {name}{did_you_mean(name, _own_names(module))}",
-                _names_in(module),
+                f"{shown(self.config_script)} defines no {name}{near}", _names_in(module)
             )
         return function
 
@@ -142,9 +142,15 @@ class Experiment:
             signature.bind({}, *arguments)
         except TypeError as error:
             raise ComponentsError(
-                f"{shown(self.config_script)}: infer_config{signature}: {error}",
+                f"{shown(self.config_script)}: infer_config{_bare(signature)}: {error}",
                 f"given after the path: {' '.join(arguments) or 'nothing'}",
             ) from None
+
+
+def _bare(signature: inspect.Signature) -> inspect.Signature:
+    """Return `signature` without its annotations."""
+    bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    return inspect.Signature(bare)
 
 
 def _hparams_script(path: Path) -> Path:
@@ -182,7 +188,7 @@ def _nearest(path: Path) -> str:
 
 
 def _package_name(folder: Path) -> str:
-    """Return the name of the package that holds the experiment: of the folder around `experiments`."""
+    """Return the name of the package that holds the experiment, or of what could be one."""
     for parent in folder.parents:
         if parent.name == "experiments" and parent.parent.name:
             return parent.parent.name

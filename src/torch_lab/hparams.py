@@ -68,7 +68,7 @@ class DevRun:
 
     @classmethod
     def parse(cls, given: str | int | float) -> DevRun:
-        """Return the dev run that `given` means: an int counts batches (-1 is one), a float is a fraction.
+        """Return what `given` means: an int counts batches (-1 is one), a float is a fraction.
 
         Raises:
             UserError: Neither of them.
@@ -102,8 +102,8 @@ def _number(given: str | int | float) -> int | float:
 
 def _not_a_dev_run(given: object) -> UserError:
     return UserError(
-        f"--dev-run {given}: expected a number of batches (1, 8), a fraction above 0.0 and at most 1.0, "
-        "or -1 for one batch"
+        f"--dev-run {given}: expected a number of batches (like 8; -1 is one), "
+        "or a fraction of them (like 0.5; 1.0 is all)"
     )
 
 
@@ -120,7 +120,7 @@ class Hparams:
 
     @classmethod
     def parse(cls, given: object, path: Path, project_name: str) -> Hparams:
-        """Return `given`, the dictionary named `hparams` in the script at `path`, checked and completed.
+        """Return `given`, which the script at `path` calls `hparams`, checked and completed.
 
         Args:
             given: What the script holds.
@@ -153,7 +153,7 @@ class Hparams:
         return str(self.config.get("monitor_mode", "min"))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole dictionary, defaults included, as config functions get it; theirs to change."""
+        """Return the whole dictionary, defaults included: a copy, for a config function to use."""
         plain = {
             "task": self.task,
             "checkpoint": dict(vars(self.checkpoint)),

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_lab.errors import CheckpointError, did_you_mean
-from torch_lab.utils import write_atomically
+from torch_lab.utils import shown, write_atomically
 
 __all__ = [
     "CodeState",
@@ -49,7 +49,7 @@ _RECORD = "run.json"
 
 
 def project_root(start: Path) -> Path:
-    """Return the project that `start` lies in: the nearest parent with a `pyproject.toml` or `.git`.
+    """Return the project of `start`: the nearest parent with a `pyproject.toml` or `.git`.
 
     `TORCH_LAB_ROOT` overrides it; without any of them it is the working directory.
     """
@@ -77,7 +77,7 @@ class CodeState:
 
     def __str__(self) -> str:
         if self.commit is None:
-            return "not under git"
+            return "no git commit"
         changed = ", with uncommitted changes" if self.changes else ""
         return f"{self.branch} {self.commit[:8]}{changed}"
 
@@ -94,13 +94,29 @@ def code_state(root: Path) -> CodeState:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """Return what git prints, or nothing where there is no git, no checkout, or no answer in time."""
+    """Return what git prints; nothing where there is no git, no checkout or no answer in time."""
     command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.decode(errors="replace")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _installed_packages() -> dict[str, str]:
+    """Return the installed distributions by their folders' names: to open each takes 0.1 s."""
+    found: dict[str, str] = {}
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder or "."):
+                name, _, version = entry.name.removesuffix(".dist-info").rpartition("-")
+                if entry.name.endswith(".dist-info"):
+                    found.setdefault(name.replace("_", "-").lower(), version)
+    return dict(sorted(found.items()))
 
 
 @dataclass
@@ -120,13 +136,13 @@ class RunRecord:
     """One of running, completed, failed, stopped."""
     reason: str | None = None
     """Why it failed or stopped."""
-    started: str = field(default_factory=lambda: _now())
+    started: str = field(default_factory=_now)
     ended: str | None = None
     argv: list[str] = field(default_factory=lambda: list(sys.argv))
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     python: str = field(default_factory=lambda: sys.version.split()[0])
-    packages: dict[str, str] = field(default_factory=lambda: _installed_packages())
+    packages: dict[str, str] = field(default_factory=_installed_packages)
     commit: str | None = None
     branch: str | None = None
     changed: bool = False
@@ -136,22 +152,6 @@ class RunRecord:
     clearml_task_id: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of every metric."""
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _installed_packages() -> dict[str, str]:
-    """Return the installed distributions, read from folder names alone: opening each costs 0.1 s."""
-    found: dict[str, str] = {}
-    for folder in sys.path:
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(folder or "."):
-                name, _, version = entry.name.removesuffix(".dist-info").rpartition("-")
-                if entry.name.endswith(".dist-info"):
-                    found.setdefault(name.replace("_", "-").lower(), version)
-    return dict(sorted(found.items()))
 
 
 @dataclass
@@ -207,22 +207,27 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Its name, with the version."""
         return self.record.name
 
     @property
     def metrics_folder(self) -> Path:
+        """Where the event files are."""
         return self.folder / "metrics"
 
     @property
     def checkpoints_folder(self) -> Path:
+        """Where the checkpoints are."""
         return self.folder / "checkpoints"
 
     @property
     def plots_folder(self) -> Path:
+        """Where the figures are."""
         return self.folder / "plots"
 
     @property
     def console_log(self) -> Path:
+        """What the terminal showed."""
         return self.folder / "console.log"
 
     @property
@@ -243,7 +248,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """What the sidecar of the best checkpoint says (score, step, epoch, sha256, …), if there is one."""
+        """What the sidecar of the best checkpoint says (score, step, …), if there is one."""
         return self.sidecar("best")
 
     @property
@@ -270,7 +275,7 @@ class Run:
         write_atomically(self.folder / _RECORD, text + "\n")
 
     def write_sources(self, root: Path, scripts: Iterable[Path], changes: str) -> None:
-        """Copy `scripts` into the run, by their paths below `root`, with the uncommitted changes."""
+        """Copy `scripts` by their paths below `root`, and write the uncommitted `changes`."""
         sources = self.folder / "sources"
         sources.mkdir()
         for script in scripts:
@@ -334,7 +339,9 @@ def find_run(artifacts: Path, wanted: str, having: str) -> Run:
         return _run_with_id(folders, wanted, artifacts)
     base_names = {_VERSION.sub("", name) for name in names}
     raise CheckpointError(
-        f"there is no run {wanted!r} in {artifacts}{did_you_mean(wanted, base_names | set(names))}"
+        f"there is no run {wanted!r} in {shown(artifacts)}"
+        f"{did_you_mean(wanted, base_names | set(names))}",
+        f"runs there: {', '.join(sorted(base_names)[:8]) or 'none'}",
     )
 
 

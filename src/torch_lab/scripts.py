@@ -1,4 +1,4 @@
-"""Scripts run as modules: afresh each time, importable by name in any process, apart from each other.
+"""Scripts run as modules: afresh each time, importable by name in any process.
 
 A script at `/project/00_demo/hparams.py` becomes the module
 `torch_lab.scripts./project/00_demo.hparams`. The name holds the path, so that a spawned process,
@@ -57,7 +57,7 @@ def import_script_as_module(path: str | Path) -> ModuleType:
             there, else to the working directory.
 
     Raises:
-        ScriptError: No such script, a syntax error in it, or scripts that import each other in a circle.
+        ScriptError: It is missing, does not compile, or imports itself in a circle.
     """
     script = _found(path)
     _refuse_circle(script)
@@ -77,14 +77,14 @@ def import_script_as_module(path: str | Path) -> ModuleType:
 
 
 def layers_of(module: ModuleType) -> tuple[Layer, ...]:
-    """Return every script that ran for `module`, the base layer first and the script itself last."""
+    """Return every script that ran for `module`, the base layer first and its own last."""
     layers: tuple[Layer, ...] = vars(module)["__layers__"]
     return layers
 
 
 @contextlib.contextmanager
 def siblings_importable(folder: Path) -> Iterator[None]:
-    """Let `import name` find the modules in `folder` while the context lasts; `sys.path` stays as it is."""
+    """Let `import name` find modules in `folder` for a while, without a change of `sys.path`."""
     finder = _SiblingFinder(folder)
     before = set(sys.modules)
     sys.meta_path.insert(0, finder)
@@ -148,7 +148,7 @@ def copied(value: Any) -> Any:
 
 
 def _name_of(script: Path) -> str:
-    """Return the module name of `script`; dots would separate packages, so those of the path are escaped."""
+    """Return the module name of `script`; its dots are escaped, as dots separate packages."""
     folder = str(script.parent).replace("%", "%25").replace(".", "%2E")
     return f"{__name__}.{folder}.{script.stem.replace('%', '%25').replace('.', '%2E')}"
 
@@ -166,7 +166,7 @@ def _unescaped(part: str) -> str:
 
 
 class _ScriptFinder(importlib.abc.MetaPathFinder):
-    """Finds `torch_lab.scripts.<folder>` and `torch_lab.scripts.<folder>.<script>`, in any process."""
+    """Finds `torch_lab.scripts.<folder>` and the scripts below it, in any process."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -219,7 +219,7 @@ class _SiblingFinder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         top = fullname.partition(".")[0]
-        # A sibling named like a module of the standard library would break whatever imports that one next.
+        # A sibling named like a module of the standard library would break others that import it.
         if top in sys.stdlib_module_names or not self._has(top):
             return None
         self.short_names.add(fullname)
@@ -233,7 +233,7 @@ class _SiblingFinder(importlib.abc.MetaPathFinder):
 
 
 class _Alias(importlib.abc.Loader):
-    """Loads the module named `full`, and leaves it in `sys.modules` under the short name as well."""
+    """Loads the module named `full`, and puts it into `sys.modules` under its short name too."""
 
     def __init__(self, full: str) -> None:
         self.full = full
@@ -251,5 +251,5 @@ def _install_finder() -> None:
         sys.meta_path.append(_ScriptFinder())
 
 
-# The one piece of work at import: without it a spawned process could not import the scripts by their names.
+# The one piece of work at import: without it no spawned process could import scripts by name.
 _install_finder()

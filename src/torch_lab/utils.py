@@ -24,7 +24,7 @@ __all__ = [
 
 
 def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by their dotted keys; an empty dictionary is a leaf."""
+    """Return the leaves of nested dictionaries by dotted keys; an empty dictionary is a leaf."""
     return dict(_leaves(nested, prefix))
 
 
@@ -42,31 +42,31 @@ def dict_as_str(nested: Mapping[str, Any]) -> str:
 
 
 def shown(path: Path) -> str:
-    """Return `path` as a person would type it: relative to the working directory when it is below."""
+    """Return `path` as a person would type it: relative, if below the working directory."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that the file is, at any moment, either the old one or the new one whole."""
+    """Write `text` to `path`, where there is always the old file or the new one, whole."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
 def process_rank() -> int:
-    """Return this process's rank among those that train together, as its launcher tells in the environment.
+    """Return this process's rank among those that train together, as its launcher tells.
 
-    0 when nothing is told. Known launchers: torchrun, SLURM, and Lightning's own, which starts the
-    script again with `LOCAL_RANK` set.
+    It tells in the environment; 0 when nothing is told. Known launchers: torchrun, SLURM, and
+    Lightning's own, which starts the script again with `LOCAL_RANK` set.
     """
     for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
         if name in os.environ:

@@ -1,0 +1,1 @@
+"""The demo: a small convolutional network learns to read handwritten digits."""

@@ -1,0 +1,1 @@
+"""The experiments, numbered in the order in which they were thought of."""

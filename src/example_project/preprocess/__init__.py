@@ -1,0 +1,42 @@
+"""Scripts that bring data into the form that the datasets read, and where they put it.
+
+Every data set becomes MNIST's four IDX files in a folder of its own below `data/processed`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch_lab.errors import UserError
+
+__all__ = ["processed_folder", "project_root", "run_as_script"]
+
+
+def project_root() -> Path:
+    """Return `$TORCH_LAB_ROOT`, else the project around the working directory, else that itself."""
+    if root := os.environ.get("TORCH_LAB_ROOT"):
+        return Path(root).expanduser().resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
+            return folder
+    return here
+
+
+def processed_folder(name: str) -> Path:
+    """Return where the data set `name` belongs, whether or not it is there yet."""
+    return project_root() / "data" / "processed" / name
+
+
+def run_as_script(prepare: Callable[[], Path]) -> int:
+    """Prepare a data set, say where it is on stdout, and return an exit code."""
+    try:
+        print(prepare())
+    except UserError as error:
+        hint = f"\n  {error.hint}" if error.hint else ""
+        print(f"error: {error.message}{hint}", file=sys.stderr)
+        return int(error.exit_code)
+    return 0

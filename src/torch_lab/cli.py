@@ -1,0 +1,237 @@
+"""What the terminal sees: arguments, help and exit codes.
+
+Nothing heavy is imported before it is needed: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from torch_lab.errors import ExitCode, Interrupted, TorchLabError, UserError
+
+__all__ = ["infer", "infer_entry", "main", "torch_lab", "torch_lab_entry", "train", "train_entry"]
+
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Train(click.Command):
+    """A command whose `--devices` takes all the numbers that follow it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _joined_devices(args))
+
+
+def _joined_devices(words: Sequence[str]) -> list[str]:
+    """Return `words` with `--devices 0 1` as `--devices 0,1`: to click, an option has one value."""
+    joined: list[str] = []
+    for word in words:
+        if len(joined) >= 2 and joined[-2] == "--devices" and word.isdecimal():
+            joined[-1] += f",{word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+_debug = click.option(
+    "--debug",
+    "--pdb",
+    is_flag=True,
+    help="Log debug records, use no worker processes, and open a debugger where your code fails.",
+)
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print what came out as a line of JSON."
+)
+_offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
+
+
+@click.command(cls=_Train, context_settings=_HELP)
+@click.argument(
+    "paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option(
+    "--dev-run",
+    metavar="N",
+    help="Overfit on N batches (an int; -1 is one), or on a fraction of them (0.5; 1.0 is all).",
+)
+@_offline
+@_debug
+@click.option("--no-validate", is_flag=True, help="Skip the validation before fitting.")
+@click.option(
+    "--jobs", metavar="N", type=click.IntRange(min=1), help="Run up to N paths side by side."
+)
+@click.option("--devices", metavar="I...", help="GPUs to deal out among the jobs: --devices 0 1")
+@_json
+@click.option("--record", type=click.Path(path_type=Path), hidden=True)
+def train(
+    paths: tuple[Path, ...],
+    jobs: int | None,
+    devices: str | None,
+    record: Path | None,
+    **options: Any,
+) -> None:
+    """Train the experiments of the hparams scripts at PATH..., one after another.
+
+    Each run is recorded in a folder of its own, data/artifacts/EXPERIMENT-HPARAMS-vN.
+    """
+    with _failures(options["debug"]):
+        if len(paths) == 1 and jobs is None and devices is None:
+            _train_one(paths[0], record, options)
+        else:
+            _train_several(paths, jobs, devices, options)
+
+
+def _train_one(path: Path, record: Path | None, options: Mapping[str, Any]) -> None:
+    from torch_lab.experiment import Experiment
+    from torch_lab.hparams import DevRun
+
+    # A mistake in the scripts is found before torch is imported, which takes seconds.
+    dev_run = DevRun.parse(options["dev_run"]) if options["dev_run"] is not None else None
+    experiment = Experiment.load(path)
+    from torch_lab.report import closing_record
+    from torch_lab.runner import train as train_experiment
+
+    run = train_experiment(
+        experiment,
+        dev_run=dev_run,
+        debug=options["debug"],
+        validate=not options["no_validate"],
+        as_json=options["as_json"],
+    )
+    if record is not None:
+        record.write_text(closing_record(run), encoding="utf-8")
+
+
+def _train_several(
+    paths: Sequence[Path], jobs: int | None, devices: str | None, options: Mapping[str, Any]
+) -> None:
+    from torch_lab import jobs as several
+    from torch_lab.console import print_table
+
+    for name in ("dev_run", "debug"):
+        if options[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} takes one path, without --jobs and --devices")
+    dealt = _devices(devices)
+    flags = ("offline", "no_validate", "as_json")
+    outcomes = several.run_all(
+        paths,
+        [f"--{flag.removeprefix('as_').replace('_', '-')}" for flag in flags if options[flag]],
+        jobs=jobs or len(dealt) or 1,
+        devices=dealt,
+    )
+    table = sys.stderr if options["as_json"] else sys.stdout
+    print_table(["script", "run", "state", "time", "best"], several.outcome_rows(outcomes), table)
+    several.check(outcomes)
+
+
+def _devices(given: str | None) -> list[str]:
+    devices = (given or "").replace(",", " ").split()
+    for device in devices:
+        if not device.isdecimal():
+            raise UserError(f"--devices {given}: expected indices of GPUs, like 0 1")
+    return devices
+
+
+@click.command(context_settings={**_HELP, "allow_interspersed_args": False})
+@_offline
+@_debug
+@_json
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("arguments", metavar="[ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED)
+def infer(
+    path: Path, arguments: tuple[str, ...], offline: bool, debug: bool, as_json: bool
+) -> None:
+    """Predict with the experiment of the hparams script at PATH.
+
+    All that follows PATH goes to infer_config(hparams, ...) as it is, in strings; one -- right
+    after PATH is dropped.
+    """
+    with _failures(debug):
+        from torch_lab.experiment import Experiment
+
+        experiment = Experiment.load(path)
+        from torch_lab.runner import infer as infer_experiment
+
+        given = arguments[1:] if arguments[:1] == ("--",) else arguments
+        infer_experiment(experiment, *given, debug=debug, as_json=as_json)
+
+
+@click.group(context_settings=_HELP)
+@click.version_option(package_name="torch-lab", message="%(prog)s %(version)s")
+def torch_lab() -> None:
+    """Run experiments with PyTorch, and keep a record of each."""
+
+
+torch_lab.add_command(train)
+torch_lab.add_command(infer)
+
+
+@contextlib.contextmanager
+def _failures(debug: bool) -> Iterator[None]:
+    """Show an error as its reader needs it, and leave with its exit code."""
+    try:
+        yield
+    except (Exception, Interrupted) as error:
+        from torch_lab.console import rendered
+
+        click.echo(rendered(error, debug=debug), err=True)
+        ours = isinstance(error, (TorchLabError, Interrupted))
+        if debug and not ours and sys.stdin.isatty() and sys.stderr.isatty():
+            _post_mortem(error)
+        code = getattr(error, "exit_code", ExitCode.CODE_FAILED) if ours else ExitCode.CODE_FAILED
+        raise click.exceptions.Exit(int(code)) from error
+
+
+def _post_mortem(error: BaseException) -> None:
+    import pdb
+
+    from torch_lab.console import user_frames
+
+    pdb.post_mortem(user_frames(error.__traceback__))
+
+
+def main(command: click.Command, program: str, arguments: Sequence[str] | None = None) -> int:
+    """Run `command` as `program`, and return its exit code.
+
+    Args:
+        command: One of the commands of this module.
+        program: The name that the user typed.
+        arguments: What followed the name; those of the process if not given.
+    """
+    # As for `python -m`: packages in the working directory can be imported by the scripts. At the
+    # end, so that nothing in it hides what is installed.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        code = command.main(arguments, prog_name=program, standalone_mode=False)
+    except click.ClickException as error:
+        message = error.format_message()
+        context = getattr(error, "ctx", None)
+        command_path = context.command_path if context else program
+        click.echo(f"error: {message[:1].lower()}{message[1:]}", err=True)
+        click.echo(f"  try: {command_path} --help", err=True)
+        return int(ExitCode.USAGE)
+    except click.Abort:
+        return int(ExitCode.INTERRUPT)
+    return code if isinstance(code, int) else int(ExitCode.DONE)
+
+
+def train_entry() -> NoReturn:
+    """Run `train` with the arguments of the process."""
+    sys.exit(main(train, "train"))
+
+
+def infer_entry() -> NoReturn:
+    """Run `infer` with the arguments of the process."""
+    sys.exit(main(infer, "infer"))
+
+
+def torch_lab_entry() -> NoReturn:
+    """Run `torch-lab` with the arguments of the process."""
+    sys.exit(main(torch_lab, "torch-lab"))

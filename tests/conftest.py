@@ -1,0 +1,153 @@
+"""A small project for every test that wants one, and two ways into it: here, and as a command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torch_lab import cli
+from torch_lab.runs import Run
+
+CONFIG = '''
+"""A network learns the sign of a sum."""
+
+import functools
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from torch_lab.modules import LabModule, TrainLabModule
+
+
+def loader(count, seed, **kwargs):
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(x, (x.sum(dim=1) > 0).long()), batch_size=8, **kwargs)
+
+
+def train_config(hparams):
+    module = TrainLabModule(
+        torch.nn.Linear(4, 2),
+        torch.nn.CrossEntropyLoss(),
+        functools.partial(torch.optim.SGD, lr=hparams["config"].get("lr", 0.1)),
+    )
+    return {
+        "module": module,
+        "train_dataloaders": loader(32, 1, shuffle=True),
+        "val_dataloaders": loader(16, 2),
+    }
+
+
+def infer_config(hparams, *arguments):
+    print("arguments:", arguments)
+    return {
+        "module": LabModule(torch.nn.Linear(4, 2)),
+        "predict_dataloaders": loader(16, 2),
+    }
+'''
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Lab:
+    """A project with one experiment, `00_toy`."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root = root
+        self.capsys = capsys
+        self.folder = root / "toys" / "experiments" / "00_toy"
+        self.folder.mkdir(parents=True)
+        self.hparams("hparams", {"trainer": {"init": {"max_epochs": 2}}})
+        self.write("__main__.py", CONFIG)
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file of the experiment."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    def hparams(self, name: str, hparams: Any) -> Path:
+        """Write an hparams script that holds `hparams`."""
+        return self.write(f"{name}.py", f"hparams = {hparams!r}\n")
+
+    def config(self, old: str, new: str) -> None:
+        """Replace a part of the config script."""
+        assert old in CONFIG
+        self.write("__main__.py", CONFIG.replace(old, new))
+
+    @property
+    def path(self) -> str:
+        return str(self.folder / "hparams.py")
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs on disk, by name."""
+        artifacts = self.root / "data" / "artifacts"
+        return [Run.read(folder) for folder in sorted(artifacts.glob("*"))]
+
+    def run(self) -> Run:
+        """The only run on disk."""
+        (run,) = self.runs
+        return run
+
+    def _main(self, command: Any, *arguments: str | Path) -> Result:
+        self.capsys.readouterr()
+        with warnings.catch_warnings():
+            # As in a terminal: what Lightning warns of is no error there.
+            warnings.simplefilter("default")
+            code = cli.main(command, command.name, [str(argument) for argument in arguments])
+        captured = self.capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    def train(self, *arguments: str | Path) -> Result:
+        """Run `train` in this process."""
+        return self._main(cli.train, *arguments)
+
+    def infer(self, *arguments: str | Path) -> Result:
+        """Run `infer` in this process."""
+        return self._main(cli.infer, *arguments)
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+    def command(self, *words: str | Path, **variables: str) -> Result:
+        """Run `python -m torch_lab` with `words` in a process of its own."""
+        done = subprocess.run(
+            [sys.executable, "-m", "torch_lab", *map(str, words)],
+            cwd=self.root,
+            env=self.environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def lab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Lab]:
+    """A project in an empty folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCH_LAB_ROOT", raising=False)
+    (tmp_path / "pyproject.toml").touch()
+    path = list(sys.path)
+    yield Lab(tmp_path, capsys)
+    sys.path[:] = path
