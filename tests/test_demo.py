@@ -50,9 +50,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Demo, Run]:
     return demo, demo.train("hparams")
 
 
-pytestmark = pytest.mark.xdist_group("demo")
-
-
 def best_metrics(run: Run) -> dict[str, Any]:
     """Return the metrics that the sidecar of `best` holds."""
     assert run.best is not None

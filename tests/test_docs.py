@@ -41,9 +41,6 @@ EXIT = re.compile(r"^<!-- exit (\d+) -->$")
 EPOCHS = re.compile(r'("max_epochs"(?::|\] =) )(\d+)')
 FILE = re.compile(r"^# ([\w./-]+\.(?:py|toml))$")
 
-# One worker runs all pages, and so the demo once.
-pytestmark = pytest.mark.xdist_group("docs")
-
 
 @dataclass(frozen=True)
 class Block:
