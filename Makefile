@@ -12,7 +12,7 @@ SOURCES := src tests docs/conf.py $(wildcard benchmarks)
 test coverage: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint types layers dead-code dependencies docs format coverage constraints clean
+.PHONY: help env demo test check lint types layers dead-code dependencies docs format coverage bench constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s%s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ coverage: env ## Run all tests, and demand 95 % of the lines and branches of tor
 	$(BIN)/coverage run -m pytest -n $(JOBS) $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+bench: env ## Measure how quickly the commands answer, against a peer
+	$(BIN)/python benchmarks/start.py
 
 check: lint types layers dead-code dependencies docs ## All that can be checked without a test
 

@@ -286,10 +286,31 @@ def test_the_wrong_number_of_arguments_shows_the_signature(lab: Lab) -> None:
     refused(lab, lab.infer(lab.path, "a", "b", "c"), "too many positional arguments", "a b c")
 
 
-def test_a_module_of_the_other_lightning_is_explained(lab: Lab) -> None:
+OTHERS = {
+    "module": '"module": type("Net", (), {"__module__": "lightning.net"})()',
+    "datamodule": '"datamodule": type("D", (type("B", (), {"__module__": "lightning.b"}),), {})()',
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_objects_of_the_other_lightning_are_explained(lab: Lab, key: str) -> None:
     """Objects of the package `lightning` do not mix with those of `pytorch_lightning`."""
-    lab.config('"module": module', '"module": type("Net", (), {"__module__": "lightning.net"})()')
-    refused(lab, lab.train(lab.path), "module as Net;", "import pytorch_lightning instead")
+    lab.write(
+        "__main__.py",
+        CONFIG.replace('"train_dataloaders": loader(32, 1, shuffle=True),', "")
+        .replace('"val_dataloaders": loader(16, 2),', "")
+        .replace('"module": module', f'"module": module, {OTHERS[key]}'),
+    )
+    if key == "module":
+        lab.config('"module": module', OTHERS[key])
+    refused(lab, lab.train(lab.path), f"returned {key} as", "import pytorch_lightning instead")
+
+
+def test_loaders_in_containers_are_looked_at(lab: Lab) -> None:
+    """An empty one among several is named by its place."""
+    loader = "loader(16, 2),\n    }\n\n\ndef infer"
+    lab.config(loader, '{"a": loader(16, 2), "b": [loader(0, 2)]},\n    }\n\n\ndef infer')
+    refused(lab, lab.train(lab.path), "val_dataloaders['b'][0] over an empty dataset")
 
 
 def test_what_lightning_refuses_is_a_mistake_of_the_user(lab: Lab) -> None:

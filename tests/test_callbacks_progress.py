@@ -115,8 +115,8 @@ def test_there_is_a_plain_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
     """Away from a terminal an epoch is one line: the mean train loss, other losses, the rest."""
     trainer(EpochProgress()).fit(Squares(), loader(), loader())
     values = (
-        "loss/train 2.50  loss/validate 0.120  rate 0.500  accuracy/validate 0.967  "
-        "big/validate 1797  accuracy/train 0.750"
+        "loss/train 2.5000  loss/validate 0.1200  rate 0.5000  accuracy/validate 0.9670  "
+        "big/validate 1797.0  accuracy/train 0.7500"
     )
     assert seconds_out(capsys.readouterr().err) == (
         f"epoch 1/2  step 4  T s  {values}\nepoch 2/2  step 8  T s  {values}\n"
@@ -131,12 +131,12 @@ def test_each_loop_on_its_own_has_a_line(capsys: pytest.CaptureFixture[str]) -> 
     run.validate(model, loader(), verbose=False)
     run.test(model, loader(), verbose=False)
     run.predict(model, [loader(3), loader(2)])
-    validated = "loss/validate 0.120  accuracy/validate 0.967  big/validate 1797"
+    validated = "loss/validate 0.1200  accuracy/validate 0.9670  big/validate 1797.0"
     assert seconds_out(capsys.readouterr().err).splitlines() == [
         f"baseline  {validated}",
-        "epoch 1/1  step 4  T s  loss/train 2.50  rate 0.500  accuracy/train 0.750",
+        "epoch 1/1  step 4  T s  loss/train 2.5000  rate 0.5000  accuracy/train 0.7500",
         f"validate  step 4  {validated}",
-        "test  step 4  accuracy/test 0.500",
+        "test  step 4  accuracy/test 0.5000",
         "predict  5 batches  T s",
     ]
 
@@ -157,8 +157,8 @@ def test_validation_amid_an_epoch_has_a_line(capsys: pytest.CaptureFixture[str])
     )
     lines = seconds_out(capsys.readouterr().err).splitlines()
     assert [line.split("  loss/validate")[0] for line in lines] == [
-        "epoch 1/1  step 2  T s  loss/train 1.50",
-        "epoch 1/1  step 4  T s  loss/train 2.50",
+        "epoch 1/1  step 2  T s  loss/train 1.5000",
+        "epoch 1/1  step 4  T s  loss/train 2.5000",
     ]
 
 
@@ -166,14 +166,14 @@ def test_the_loss_is_whole_under_accumulation(capsys: pytest.CaptureFixture[str]
     """Lightning divides the loss by the number of accumulated batches; the line does not."""
     trainer(EpochProgress(), max_epochs=1, accumulate_grad_batches=2).fit(Squares(), loader())
     assert "epoch 1/1  step 2  " in (err := capsys.readouterr().err)
-    assert "loss/train 2.50" in err
+    assert "loss/train 2.5000" in err
 
 
 def test_manual_optimisation_may_return_no_loss(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a loss the line holds what the module logged."""
     trainer(EpochProgress(), max_epochs=1).fit(Squares(manual=True), loader())
     assert seconds_out(capsys.readouterr().err) == (
-        "epoch 1/1  step 4  T s  rate 0.500  accuracy/train 0.750\n"
+        "epoch 1/1  step 4  T s  rate 0.5000  accuracy/train 0.7500\n"
     )
 
 
@@ -394,4 +394,4 @@ def test_a_real_terminal_ends_with_the_kept_lines(tmp_path: Path) -> None:
     terminal = Terminal(child.before.replace("\r\n", "\n"))
     assert "\x1b[36m━" in terminal.getvalue()
     assert max(map(len, terminal.drawn())) < 72
-    assert re.fullmatch(r"epoch 1/1  step 8  .*loss/train 4.50.*", terminal.kept()[-1])
+    assert re.fullmatch(r"epoch 1/1  step 8  .*loss/train 4.5000.*", terminal.kept()[-1])

@@ -242,8 +242,8 @@ def print_rows(rows: Iterable[tuple[str, str]], file: TextIO) -> None:
     width = max((len(label) for label, _ in listed), default=0)
     for label, value in listed:
         for index, line in enumerate(value.split("\n")):
-            title = Text(("" if index else label).ljust(width + 2), style="dim")
-            _print(title + line, file)
+            title = ("" if index else label).ljust(width + 2)
+            _print(Text.assemble((title, "dim"), line), file)
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO) -> None:

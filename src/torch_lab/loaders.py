@@ -61,8 +61,14 @@ class _Named(Dataset[Any]):
         try:
             return self.dataset[index]
         except Exception as error:
-            error.add_note(f"sample {index} of {type(self.dataset).__name__}")
+            self._add_note(error, f"sample {index}")
             raise
+
+    def _add_note(self, error: Exception, samples: str) -> None:
+        note = f"{samples} of {type(self.dataset).__name__}"
+        # Datasets of our own have said it already.
+        if not any(note in given for given in getattr(error, "__notes__", ())):
+            error.add_note(f"in {note}")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -81,14 +87,14 @@ class _NamedBatches(_Named):
         try:
             return self.dataset.__getitems__(indices)
         except Exception as error:
-            error.add_note(self._failing(indices))
+            failing = [index for index in indices if not self._can_fetch(index)]
+            if failing:
+                self._add_note(error, f"sample {failing[0]}")
             raise
 
-    def _failing(self, indices: list[Any]) -> str:
-        name = type(self.dataset).__name__
-        for index in indices:
-            try:
-                self.dataset[index]
-            except Exception:
-                return f"sample {index} of {name}"
-        return f"samples {indices[0]} to {indices[-1]} of {name}, though each alone can be fetched"
+    def _can_fetch(self, index: Any) -> bool:
+        try:
+            self.dataset[index]
+        except Exception:
+            return False
+        return True

@@ -29,9 +29,9 @@ class EpochProgress(pl.callbacks.ProgressBar):
     """One live line while a loop runs, and one kept line per epoch, on the standard error.
 
     ```
-    baseline  loss/validate 2.31  accuracy/validate 0.102
-    epoch 1/10  step 94  1.2 s  loss/train 0.531  loss/validate 0.212  accuracy/validate 0.941
-    epoch 2/10  ━━━━━━━━━━━━━━━━────────────  53/94  81.2 steps/s  0:01 left  loss 0.198
+    baseline  loss/validate 2.3100  accuracy/validate 0.1020
+    epoch  1/10  step 94  1.2 s  loss/train 0.5310  loss/validate 0.2120  accuracy/validate 0.9410
+    epoch  2/10  ━━━━━━━━━━━━━━━━────────────  53/94  81.2 steps/s  0:01 left  loss 0.198
     ```
 
     The live line is drawn on a terminal alone; elsewhere there are plain lines and no control
@@ -386,7 +386,7 @@ def _epoch_name(trainer: pl.Trainer) -> str:
     last = trainer.max_epochs
     # Epochs without an end are -1, or None before Lightning has settled them.
     end = f"/{last}" if last is not None and last > 0 else ""
-    return f"epoch {trainer.current_epoch + 1}{end}"
+    return f"epoch {trainer.current_epoch + 1:{max(len(end) - 1, 1)}}{end}"
 
 
 def _validation_name(trainer: pl.Trainer) -> list[str]:
@@ -415,7 +415,12 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _phrases(values: Mapping[str, float]) -> list[str]:
-    return [f"{name} {_number(value)}" for name, value in values.items()]
+    return [f"{name} {_exact(value)}" for name, value in values.items()]
+
+
+def _exact(value: float) -> str:
+    """Return five digits, so that lines stand in columns: `0.1200`, `2.3100`, `1797.0`."""
+    return f"{value:.4f}" if 1e-4 <= abs(value) < 10 else f"{value:#.5g}"
 
 
 def _number(value: float) -> str:
