@@ -30,10 +30,10 @@ def test_all_words_after_the_path_are_arguments(lab: Lab) -> None:
 def test_predictions_nobody_writes_are_warned_of(lab: Lab) -> None:
     """Without a writer the predictions would vanish, and without weights they mean nothing."""
     err = lab.infer(lab.path).err
-    assert "warning: no callback writes the predictions" in err
+    assert "warning: no prediction writer is among the callbacks" in err
     assert "warning: the weights are untrained" in err
     lab.write("__main__.py", WRITER)
-    assert "no callback writes" not in lab.infer(lab.path, "out.csv").err
+    assert "no prediction writer" not in lab.infer(lab.path, "out.csv").err
 
 
 def test_predictions_are_written_with_the_weights_of_a_run(lab: Lab) -> None:

@@ -165,7 +165,7 @@ def test_sources_outside_the_project_are_kept_too(tmp_path: Path) -> None:
     for path in (inside, outside):
         path.write_text(path.name)
     run = reserved(tmp_path / "p" / "artifacts", "00-h")
-    run.write_sources(tmp_path / "p", [inside, outside], changes="")
+    run.write_sources(tmp_path / "p", [inside, outside], changes=b"")
     assert (run.folder / "sources" / "in.py").read_text() == "in.py"
     kept = run.folder / "sources" / outside.relative_to("/")
     assert kept.read_text() == "out.py"

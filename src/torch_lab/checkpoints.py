@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import pytorch_lightning as pl
 import torch
@@ -24,6 +25,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
 from torch_lab.errors import CheckpointError, did_you_mean
+from torch_lab.files import beside, publish, sync
 from torch_lab.hparams import Hparams
 from torch_lab.runs import Run, artifacts_folder, find_run, project_root
 from torch_lab.utils import shown
@@ -32,11 +34,14 @@ __all__ = [
     "AtomicCheckpointIO",
     "CheckpointWriter",
     "Source",
+    "check_fits",
     "load_source",
     "load_weights",
     "loaded_from",
     "source_of",
 ]
+
+log = logging.getLogger(__name__)
 
 _OURS = "torch_lab"
 """The key under which a checkpoint holds what its sidecar will say."""
@@ -52,20 +57,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary, sidecar = _temporary(target), _sidecar(target)
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        # The new sidecar is complete on disk before the checkpoint moves: whatever is killed
-        # between the two moves leaves a checkpoint that one of two sidecars describes.
-        described = json.dumps(_description(checkpoint, temporary), indent=2)
-        with _temporary(sidecar).open("w", encoding="utf-8") as text:
-            text.write(described + "\n")
-            text.flush()
-            os.fsync(text.fileno())
-        temporary.replace(target)
-        _temporary(sidecar).replace(sidecar)
-        _sync_folder(target.parent)
+        torch.save(checkpoint, temporary)
+        description = json.dumps(_description(checkpoint, temporary), indent=2, allow_nan=False)
+        _temporary(sidecar).write_text(description + "\n", encoding="utf-8")
+        # The new sidecar is safe on disk before the checkpoint moves: whatever is killed between
+        # the two moves leaves a checkpoint that one of two sidecars describes.
+        sync(_temporary(sidecar))
+        publish(temporary, target)
+        publish(_temporary(sidecar), sidecar)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the checkpoint at `path` and its sidecar."""
@@ -75,19 +74,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _temporary(path: Path) -> Path:
     """Return a name beside `path`, always the same, so that killed writers pile up nothing."""
-    return path.with_name(f".{path.name}.tmp")
+    return beside(path, "new")
 
 
 def _sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _description(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -118,11 +109,12 @@ class CheckpointWriter(Checkpoint):
         self.mode = mode
         self.best_score: float | None = None
         self._last_step = -1
+        self._old: dict[str, Any] = {}
         self._logged_by: str | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tell the other ranks which folder rank zero reserved."""
-        self.run.folder = Path(trainer.strategy.broadcast(str(self.run.folder)))
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the metrics of earlier epochs, which live on in the trainer."""
+        self._old = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `best`, if this validation says so."""
@@ -132,6 +124,8 @@ class CheckpointWriter(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `best`, if a training metric is monitored and says so, and `last`."""
         self._consider(trainer, "training")
+        if self._logged_by is None and trainer.current_epoch == 0:
+            log.warning("nothing logged %s in the first epoch: there is no best", self.monitor)
         self._save(trainer, "last")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,18 +135,19 @@ class CheckpointWriter(Checkpoint):
 
     def _consider(self, trainer: pl.Trainer, stage: str) -> None:
         """Write `best` if the monitored value, fresh in `stage`, is the best so far."""
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
+        logged = trainer.callback_metrics.get(self.monitor)
+        # Ranks whose values differ would disagree on whether to save, and wait for each other.
+        score: float | None = trainer.strategy.broadcast(None if logged is None else float(logged))
+        if score is None:
             return
         # Elsewhere the value is an old one, of weights that have changed since.
         self._logged_by = self._logged_by or stage
-        score = float(value)
         if self._logged_by == stage and self._is_better(score):
             self.best_score = score
             self._save(trainer, "best")
 
     def _is_better(self, score: float) -> bool:
-        if math.isnan(score):
+        if not math.isfinite(score):
             return False
         if self.best_score is None:
             return True
@@ -167,7 +162,9 @@ class CheckpointWriter(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what the sidecar will say."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        logged = trainer.callback_metrics.items()
+        fresh = {name: value for name, value in logged if self._old.get(name) is not value}
+        metrics = {name: _finite(value) for name, value in fresh.items()}
         checkpoint[_OURS] = {
             "run": self.run.name,
             "run_id": self.run.record.id,
@@ -185,6 +182,12 @@ class CheckpointWriter(Checkpoint):
         self._logged_by = state_dict["logged_by"]
 
 
+def _finite(value: Any) -> float | None:
+    """Return `value` as a number, or None where JSON has no word for it."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint on disk, verified, to take weights from or to go on from."""
@@ -192,6 +195,7 @@ class Source:
     path: Path
     run: Run | None
     """The run that wrote it; None for a file that lies elsewhere."""
+    sha256: str
 
     def __str__(self) -> str:
         return f"{self.path.stem} of {self.run.name}" if self.run else shown(self.path)
@@ -204,7 +208,7 @@ class Source:
             "id": run.id if run else None,
             "checkpoint": self.path.stem,
             "path": str(self.path),
-            "sha256": _sha256(self.path),
+            "sha256": self.sha256,
         }
 
     def load(self) -> dict[str, Any]:
@@ -214,7 +218,10 @@ class Source:
             CheckpointError: It cannot be read with `weights_only=True`.
         """
         try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            # What torch wrote before 1.6 is no archive, and cannot be mapped into memory.
+            found = torch.load(
+                self.path, map_location="cpu", weights_only=True, mmap=is_zipfile(self.path)
+            )
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{shown(self.path)} holds more than tensors and plain values",
@@ -228,8 +235,8 @@ class Source:
             )
         return found
 
-    def check_resumable(self, hparams_init: Mapping[str, Any]) -> None:
-        """Check that training can go on from here.
+    def resumable_step(self, hparams_init: Mapping[str, Any]) -> int:
+        """Return the step that training goes on from, after a look that it can.
 
         Args:
             hparams_init: The keyword arguments of the `Trainer`.
@@ -243,13 +250,19 @@ class Source:
                 f"{shown(self.path)} holds weights alone: training cannot go on from it",
                 'set hparams["checkpoint"]["weights_only"] = True to start from its weights',
             )
-        done = found["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        planned = hparams_init.get("max_epochs")
-        if planned is not None and 0 <= planned <= done:
-            raise CheckpointError(
-                f"{self} has trained {done} epochs, and trainer.init.max_epochs is {planned}",
-                "raise max_epochs: it counts from the start of the run that is gone on from",
-            )
+        loops = found["loops"]["fit_loop"]
+        # What was written at the end of an epoch, but before its last hooks, trained all of it.
+        whole = loops["epoch_loop.batch_progress"]["is_last_batch"]
+        epochs = loops["epoch_progress"]["current"]["ready" if whole else "processed"]
+        step = int(found["global_step"])
+        for unit, done, key in (("epochs", epochs, "max_epochs"), ("steps", step, "max_steps")):
+            planned = hparams_init.get(key)
+            if planned is not None and 0 <= planned <= done:
+                raise CheckpointError(
+                    f"{self} has trained {done} {unit}, and trainer.init.{key} is {planned}",
+                    f"raise {key}: it counts from the start of the run that is gone on from",
+                )
+        return step
 
 
 def _first_line(error: BaseException) -> str:
@@ -266,21 +279,23 @@ def source_of(hparams: Hparams) -> Source | None:
         return None
     try:
         return _found(
-            hparams.checkpoint.checkpoint_task_id, hparams.checkpoint.checkpoint_name, hparams.path
+            hparams.checkpoint.checkpoint_task_id,
+            hparams.checkpoint.checkpoint_name,
+            project_root(hparams.path),
         )
     except CheckpointError as error:
         where = f"{shown(hparams.path)}: checkpoint"
         raise CheckpointError(f"{where}: {error.message}", error.hint) from None
 
 
-def _found(wanted: str, name: str, start: Path) -> Source:
-    """Return the checkpoint `name` of the run `wanted` in the project of `start`, or the file."""
+def _found(wanted: str, name: str, root: Path) -> Source:
+    """Return the checkpoint `name` of the run `wanted` in the project at `root`, or the file."""
     file = Path(wanted).expanduser()
     if file.is_file():
-        return _verified(Source(file.resolve(), _run_of(file.resolve())))
+        return _verified(file.resolve(), _run_of(file.resolve()))
     if file.suffix == ".ckpt" or len(file.parts) > 1:
         raise CheckpointError(f"{wanted}: no such file")
-    run = find_run(artifacts_folder(project_root(start)), wanted, having=name)
+    run = find_run(artifacts_folder(root), wanted, having=name)
     path = run.checkpoint(name)
     if not path.is_file():
         names = sorted(item.stem for item in run.checkpoints_folder.glob("[!.]*.ckpt"))
@@ -288,7 +303,7 @@ def _found(wanted: str, name: str, start: Path) -> Source:
             f"run {run.name} has no checkpoint {name!r}{did_you_mean(name, names)}",
             f"it has: {', '.join(names) or 'none'}",
         )
-    return _verified(Source(path, run))
+    return _verified(path, run)
 
 
 def _run_of(file: Path) -> Run | None:
@@ -296,14 +311,13 @@ def _run_of(file: Path) -> Run | None:
     return Run.read(folder) if (folder / "run.json").is_file() else None
 
 
-def _verified(source: Source) -> Source:
-    sidecars = [_sidecar(source.path), _temporary(_sidecar(source.path))]
+def _verified(path: Path, run: Run | None) -> Source:
+    sidecars = [_sidecar(path), _temporary(_sidecar(path))]
     recorded = {json.loads(text)["sha256"] for text in map(_text_of, sidecars) if text}
-    if recorded and _sha256(source.path) not in recorded:
-        raise CheckpointError(
-            f"{shown(source.path)} is damaged: its sha256 is not the one in its sidecar"
-        )
-    return source
+    found = _sha256(path)
+    if recorded and found not in recorded:
+        raise CheckpointError(f"{shown(path)} is damaged: its sha256 is not that in its sidecar")
+    return Source(path, run, found)
 
 
 def _text_of(path: Path) -> str:
@@ -320,13 +334,14 @@ def load_weights(
         run: A run's name, with its version or without for the newest; a ClearML task id; or the
             path of a checkpoint file.
         name: The checkpoint's name, with or without `.ckpt`; not used for a path.
-        root: A path in the project whose runs are meant; the working directory if not given.
+        root: The project whose runs are meant; if not given, that of the script that is running
+            (in `infer_config`, say), or else of the working directory.
 
     Raises:
         CheckpointError: There is no such run or checkpoint, it is damaged, or it does not fit.
     """
-    start = Path(root or Path.cwd()).resolve()
-    load_source(module, _found(str(run), name.removesuffix(".ckpt"), start))
+    project = project_root() if root is None else Path(root).expanduser().resolve()
+    load_source(module, _found(str(run), name.removesuffix(".ckpt"), project))
     return module
 
 
@@ -336,6 +351,23 @@ def load_source(module: torch.nn.Module, source: Source) -> None:
     Raises:
         CheckpointError: It is damaged, or does not fit.
     """
+    target, state = _fitting(module, source)
+    target.load_state_dict(state)
+    # Told by `loaded_from`; an attribute, as a model has nowhere else to keep it.
+    vars(target)["_weights_from"] = str(source)
+
+
+def check_fits(module: torch.nn.Module, source: Source) -> None:
+    """Check that the weights at `source` are those of `module` or its model.
+
+    Raises:
+        CheckpointError: It is damaged, or does not fit.
+    """
+    _fitting(module, source)
+
+
+def _fitting(module: torch.nn.Module, source: Source) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Return the part of `module` that the weights at `source` belong to, and the weights."""
     found = source.load()
     state = found.get("state_dict", found)
     target = _target(module, state)
@@ -345,18 +377,21 @@ def load_source(module: torch.nn.Module, source: Source) -> None:
         if tensor.shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
             raise CheckpointError(f"{source} does not fit: {name} has the shape {shapes}")
-    target.load_state_dict(state)
-    # Told by `loaded_from`; an attribute, as a model has nowhere else to keep it.
-    vars(target)["_weights_from"] = str(source)
+    return target, state
 
 
 def _target(module: torch.nn.Module, state: Mapping[str, Any]) -> torch.nn.Module:
     """Return `module`, or its `model`: the one whose names are more like those in `state`."""
-    inner = getattr(module, "model", None)
+    module, inner = _uncompiled(module), _uncompiled(getattr(module, "model", None))
     if not isinstance(inner, torch.nn.Module):
         return module
     common = [len(set(candidate.state_dict()) & set(state)) for candidate in (module, inner)]
     return module if common[0] >= common[1] else inner
+
+
+def _uncompiled(module: Any) -> Any:
+    """Return what `torch.compile` was given, whose names have no prefix."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _check_names(source: Source, own: set[str], given: set[str]) -> None:

@@ -31,7 +31,9 @@ def _joined_devices(words: Sequence[str]) -> list[str]:
     """Return `words` with `--devices 0 1` as `--devices 0,1`: to click, an option has one value."""
     joined: list[str] = []
     for word in words:
-        if len(joined) >= 2 and joined[-2] == "--devices" and word.isdecimal():
+        if word.startswith("--devices="):
+            joined += word.split("=", 1)
+        elif joined[-2:-1] == ["--devices"] and word.isdecimal():
             joined[-1] += f",{word}"
         else:
             joined.append(word)
@@ -65,46 +67,36 @@ _offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
 @click.option(
     "--jobs", metavar="N", type=click.IntRange(min=1), help="Run up to N paths side by side."
 )
-@click.option("--devices", metavar="I...", help="GPUs to deal out among the jobs: --devices 0 1")
+@click.option("--devices", metavar="I...", help="GPUs to deal out, one for each job: --devices 0 1")
 @_json
-@click.option("--record", type=click.Path(path_type=Path), hidden=True)
-def train(
-    paths: tuple[Path, ...],
-    jobs: int | None,
-    devices: str | None,
-    record: Path | None,
-    **options: Any,
-) -> None:
+def train(paths: tuple[Path, ...], jobs: int | None, devices: str | None, **options: Any) -> None:
     """Train the experiments of the hparams scripts at PATH..., one after another.
 
     Each run is recorded in a folder of its own, data/artifacts/EXPERIMENT-HPARAMS-vN.
     """
     with _failures(options["debug"]):
         if len(paths) == 1 and jobs is None and devices is None:
-            _train_one(paths[0], record, options)
+            _train_one(paths[0], options)
         else:
             _train_several(paths, jobs, devices, options)
 
 
-def _train_one(path: Path, record: Path | None, options: Mapping[str, Any]) -> None:
+def _train_one(path: Path, options: Mapping[str, Any]) -> None:
     from torch_lab.experiment import Experiment
     from torch_lab.hparams import DevRun
 
     # A mistake in the scripts is found before torch is imported, which takes seconds.
     dev_run = DevRun.parse(options["dev_run"]) if options["dev_run"] is not None else None
     experiment = Experiment.load(path)
-    from torch_lab.report import closing_record
     from torch_lab.runner import train as train_experiment
 
-    run = train_experiment(
+    train_experiment(
         experiment,
         dev_run=dev_run,
         debug=options["debug"],
         validate=not options["no_validate"],
         as_json=options["as_json"],
     )
-    if record is not None:
-        record.write_text(closing_record(run), encoding="utf-8")
 
 
 def _train_several(
@@ -179,8 +171,10 @@ def _failures(debug: bool) -> Iterator[None]:
         yield
     except (Exception, Interrupted) as error:
         from torch_lab.console import rendered
+        from torch_lab.utils import process_rank
 
-        click.echo(rendered(error, debug=debug), err=True)
+        if not (isinstance(error, Interrupted) and process_rank() > 0):
+            click.echo(rendered(error, debug=debug), err=True)
         ours = isinstance(error, (TorchLabError, Interrupted))
         if debug and not ours and sys.stdin.isatty() and sys.stderr.isatty():
             _post_mortem(error)
@@ -204,12 +198,15 @@ def main(command: click.Command, program: str, arguments: Sequence[str] | None =
         program: The name that the user typed.
         arguments: What followed the name; those of the process if not given.
     """
-    # As for `python -m`: packages in the working directory can be imported by the scripts. At the
-    # end, so that nothing in it hides what is installed.
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    # As for `python -m`: packages in the working directory, or in its `src`, can be imported by the
+    # scripts. At the end, so that nothing there hides what is installed.
+    here = Path.cwd()
+    sys.path.extend(str(folder) for folder in (here, here / "src") if str(folder) not in sys.path)
     try:
         code = command.main(arguments, prog_name=program, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return int(ExitCode.USAGE)
     except click.ClickException as error:
         message = error.format_message()
         context = getattr(error, "ctx", None)

@@ -5,7 +5,7 @@ A mistake here would otherwise show minutes later, deep inside Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,11 +14,15 @@ from torch_lab.errors import ComponentsError, did_you_mean
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-__all__ = ["InferComponents", "TrainComponents"]
+__all__ = ["InferComponents", "TrainComponents", "each_loader"]
 
 _T = TypeVar("_T")
 _LOADERS = ("train_dataloaders", "val_dataloaders", "test_dataloaders")
-_STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
+_STEPS = {
+    "train_dataloader": "training_step",
+    "val_dataloader": "validation_step",
+    "test_dataloader": "test_step",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class TrainComponents:
     test_dataloaders: Any = None
     datamodule: pl.LightningDataModule | None = None
     callbacks: Sequence[pl.Callback] = ()
+    hooks: frozenset[str] = frozenset()
+    """What there is data for: `train_dataloader`, `val_dataloader`, `test_dataloader`."""
 
     @classmethod
     def parse(cls, value: object, function: str) -> TrainComponents:
@@ -45,14 +51,16 @@ class TrainComponents:
                 raise returned.error(f"returned a datamodule and {key}; return one of them")
             returned.check_keys(["module"], ["datamodule", *_LOADERS, "callbacks"])
             data: dict[str, Any] = {"datamodule": returned.datamodule()}
+            hooks = returned.hooks_of_datamodule()
         else:
             returned.check_keys(
                 ["module", "train_dataloaders"], [*_LOADERS[1:], "datamodule", "callbacks"]
             )
             data = {key: returned.loaders(key) for key in _LOADERS}
-        stages = [stage for stage in _STEPS if data.get(f"{stage}_dataloaders") is not None]
-        module = returned.module_with("configure_optimizers", *(_STEPS[each] for each in stages))
-        return cls(module, callbacks=returned.callbacks(), **data)
+            hooks = {hook for hook in _STEPS if data[f"{hook}s"] is not None}
+        steps = [step for hook, step in _STEPS.items() if hook in hooks]
+        module = returned.module_with("configure_optimizers", *steps)
+        return cls(module, callbacks=returned.callbacks(), hooks=frozenset(hooks), **data)
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,9 @@ class _Returned:
         from pytorch_lightning.utilities.model_helpers import is_overridden
 
         module = self.module()
+        own = getattr(module, "_orig_mod", module)
         for hook in hooks:
-            if not is_overridden(hook, module, pl.LightningModule):
+            if not is_overridden(hook, own, pl.LightningModule):
                 raise self.error(f"returned a {_kind(module)} as module, which defines no {hook}")
         return module
 
@@ -122,6 +131,14 @@ class _Returned:
         import pytorch_lightning as pl
 
         return self._instance("datamodule", pl.LightningDataModule)
+
+    def hooks_of_datamodule(self) -> set[str]:
+        """Return the hooks by which the datamodule gives data."""
+        import pytorch_lightning as pl
+        from pytorch_lightning.utilities.model_helpers import is_overridden
+
+        own = self.datamodule()
+        return {hook for hook in _STEPS if is_overridden(hook, own, pl.LightningDataModule)}
 
     def callbacks(self) -> Sequence[pl.Callback]:
         import pytorch_lightning as pl
@@ -138,19 +155,24 @@ class _Returned:
 
     def loaders(self, key: str) -> Any:
         """Return the loaders under `key`, after a look that there is something in them."""
+        from torch.utils.data import Dataset
+
         given = self.values.get(key)
         if given is None:
             return None
         if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
             raise self.error(f"returned {key} as {_kind(given)}; expected a DataLoader, or several")
-        for name, loader in _each_loader(key, given):
+        for name, loader in each_loader(key, given):
+            if isinstance(loader, Dataset) or not isinstance(loader, Iterable):
+                raise self.error(f"returned {name} as {_kind(loader)}; expected a DataLoader")
             self._check_not_empty(name, loader)
         return given
 
     def _instance(self, key: str, kind: type[_T]) -> _T:
         value = self.values[key]
-        if isinstance(value, kind):
-            return value
+        # What torch.compile makes of a module is no LightningModule; Lightning unwraps it too.
+        if isinstance(getattr(value, "_orig_mod", value), kind):
+            return value  # type: ignore[no-any-return]
         hint = None
         if type(value).__module__.startswith("lightning."):
             hint = "it comes from the package lightning; import pytorch_lightning instead"
@@ -177,14 +199,20 @@ def _length(value: object) -> int | None:
         return None
 
 
-def _each_loader(name: str, given: object) -> Iterable[tuple[str, object]]:
-    """Yield every loader in `given`, with a name for errors."""
+def each_loader(name: str, given: object) -> Iterator[tuple[str, object]]:
+    """Yield every loader in lists, dictionaries and Lightning's `CombinedLoader`.
+
+    Args:
+        name: The name of `given`, to name its parts by.
+        given: A loader, or several.
+    """
+    given = getattr(given, "iterables", given)
     if isinstance(given, Mapping):
         for key, value in given.items():
-            yield from _each_loader(f"{name}[{key!r}]", value)
+            yield from each_loader(f"{name}[{key!r}]", value)
     elif isinstance(given, (list, tuple)):
         for index, value in enumerate(given):
-            yield from _each_loader(f"{name}[{index}]", value)
+            yield from each_loader(f"{name}[{index}]", value)
     else:
         yield name, given
 

@@ -8,6 +8,7 @@ Log records and warnings of third parties go to `console.log` alone.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import re
@@ -23,7 +24,15 @@ from typing import Any, TextIO
 
 from torch_lab.errors import Interrupted, TorchLabError, UserError
 
-__all__ = ["Console", "print_rows", "print_table", "raised_in_lightning", "rendered", "user_frames"]
+__all__ = [
+    "Console",
+    "is_open",
+    "print_rows",
+    "print_table",
+    "raised_in_lightning",
+    "rendered",
+    "user_frames",
+]
 
 log = logging.getLogger("torch_lab")
 
@@ -43,11 +52,14 @@ class Console:
     Args:
         quiet: Show nothing, as on the ranks that only follow.
         debug: Show debug records too.
+        as_json: Send what others print to stdout to stderr: a program reads stdout.
     """
 
-    def __init__(self, *, quiet: bool = False, debug: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, debug: bool = False, as_json: bool = False) -> None:
         self.quiet = quiet
+        self.as_json = as_json
         self.level = logging.DEBUG if debug else logging.INFO
+        self._stdout = sys.stdout
         self._transcript = _Transcript()
         self._restore = ExitStack()
 
@@ -56,7 +68,7 @@ class Console:
         if self.quiet:
             self._transcript.attach(Path(os.devnull))
         else:
-            self._restore.enter_context(_teed(self._transcript))
+            self._restore.enter_context(_teed(self._transcript, as_json=self.as_json))
         self._restore.enter_context(_logging_to(handler, self.level))
         self._restore.enter_context(_warnings_to(handler))
         self._restore.callback(self._transcript.close)
@@ -83,7 +95,7 @@ class Console:
     def result(self, text: str) -> None:
         """Show `text` on stdout."""
         if not self.quiet:
-            print(text)
+            print(text, file=self._stdout)
 
     def keep(self, text: str) -> None:
         """Add `text` to the file alone."""
@@ -123,7 +135,7 @@ class _Tee(io.TextIOBase):
         if self._transcript.live is not None and not text.startswith("\r"):
             self._transcript.live.erase_line()
         self._transcript.live = None
-        self._stream.write(text)
+        self._pass_on(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             self._transcript.add_line(line)
@@ -138,8 +150,29 @@ class _Tee(io.TextIOBase):
         self._stream.write(_ERASE_LINE)
         self._stream.flush()
 
+    def _pass_on(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            plain = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+            self._stream.write(plain)
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Write to nowhere from now on: whoever read the stream has left, the run goes on."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
     def flush(self) -> None:
-        self._stream.flush()
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def isatty(self) -> bool:
         return self._stream.isatty()
@@ -156,9 +189,10 @@ class _Tee(io.TextIOBase):
 
 
 @contextmanager
-def _teed(transcript: _Transcript) -> Iterator[None]:
+def _teed(transcript: _Transcript, *, as_json: bool) -> Iterator[None]:
     stdout, stderr = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Tee(stdout, transcript), _Tee(stderr, transcript)
+    sys.stderr = _Tee(stderr, transcript)
+    sys.stdout = sys.stderr if as_json else _Tee(stdout, transcript)
     try:
         yield
     finally:
@@ -173,6 +207,12 @@ class _Handler(logging.Handler):
         self._transcript = transcript
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._show(record)
+        except Exception:  # As in the standard library: a bad log call ends no program.
+            self.handleError(record)
+
+    def _show(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno in (logging.DEBUG, logging.INFO) else record.levelname.lower()
         prefix = f"{level}: " if level else ""
         ours = record.name.partition(".")[0] == "torch_lab"
@@ -234,16 +274,22 @@ def _warnings_to(handler: _Handler) -> Iterator[None]:
         warnings.showwarning = before
 
 
+def is_open() -> bool:
+    """Return whether a console has the streams of this process, be it by a fork."""
+    return isinstance(sys.stderr, _Tee)
+
+
 def print_rows(rows: Iterable[tuple[str, str]], file: TextIO) -> None:
     """Print labels and values in two columns; further lines of a value stand below its first."""
     from rich.text import Text
 
     listed = list(rows)
     width = max((len(label) for label, _ in listed), default=0)
+    style = "" if os.environ.get("NO_COLOR") else "dim"
     for label, value in listed:
         for index, line in enumerate(value.split("\n")):
             title = ("" if index else label).ljust(width + 2)
-            _print(Text.assemble((title, "dim"), line), file)
+            _print(Text.assemble((title, style), line), file)
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO) -> None:
@@ -286,8 +332,9 @@ def rendered(error: BaseException, *, debug: bool = False) -> str:
 
 
 def _fold(told: traceback.TracebackException) -> None:
-    """Leave out the frames that are not the user's business, in the causes as well."""
-    kept = [frame for frame in told.stack if not _is_folded(frame.filename)]
+    """Begin at the user's first frame, without ours and Lightning's below; the causes too."""
+    from_user = itertools.dropwhile(lambda frame: _is_others(frame.filename), told.stack)
+    kept = [frame for frame in from_user if not _is_folded(frame.filename)]
     if kept:
         told.stack = traceback.StackSummary.from_list(kept)
     for cause in (told.__cause__, told.__context__):
@@ -306,9 +353,9 @@ def _is_lightning(file: str) -> bool:
 
 
 def raised_in_lightning(error: BaseException) -> bool:
-    """Return whether Lightning's own code raised `error`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and _is_lightning(frames[-1].filename)
+    """Return whether Lightning raised `error` of itself, not called by code of the user's."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return bool(files) and _is_lightning(files[-1]) and all(map(_is_others, files))
 
 
 def user_frames(trace: TracebackType | None) -> TracebackType | None:

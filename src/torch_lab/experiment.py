@@ -14,7 +14,8 @@ from types import ModuleType, TracebackType
 from torch_lab.components import InferComponents, TrainComponents
 from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean
 from torch_lab.hparams import Hparams
-from torch_lab.scripts import Layer, import_script_as_module, layers_of, siblings_importable
+from torch_lab.runs import project_root
+from torch_lab.scripts import Layer, import_script_as_module, layers_of, running, siblings_of
 from torch_lab.utils import flattened, shown
 
 __all__ = ["Difference", "Experiment"]
@@ -69,6 +70,11 @@ class Experiment:
         return self.script.parent
 
     @property
+    def root(self) -> Path:
+        """The project that it belongs to."""
+        return project_root(self.script)
+
+    @property
     def name(self) -> str:
         """The name of the experiment's folder."""
         return self.folder.name
@@ -85,8 +91,9 @@ class Experiment:
 
     @property
     def scripts(self) -> tuple[Path, ...]:
-        """Every script that makes the experiment, each once."""
-        return tuple(dict.fromkeys([*(layer.path for layer in self.layers), self.config_script]))
+        """Every script that makes the experiment so far, and the siblings that they import."""
+        layers = [layer.path for layer in self.layers]
+        return tuple(dict.fromkeys([*layers, self.config_script, *siblings_of(self.script)]))
 
     def differences(self) -> list[Difference]:
         """Return in what the hparams differ from those of the base layer."""
@@ -108,7 +115,8 @@ class Experiment:
             ComponentsError: It has no `train_config`, or that returned something else.
         """
         function = self._config_function("train_config")
-        with siblings_importable(self.folder):
+        self._check_arguments(function, ())
+        with running(self.config_script):
             returned = _called(function, self.hparams.as_dict())
         return TrainComponents.parse(returned, f"{shown(self.config_script)}: train_config")
 
@@ -122,18 +130,20 @@ class Experiment:
         """
         function = self._config_function("infer_config")
         self._check_arguments(function, arguments)
-        with siblings_importable(self.folder):
+        with running(self.config_script):
             returned = _called(function, self.hparams.as_dict(), *arguments)
         return InferComponents.parse(returned, f"{shown(self.config_script)}: infer_config")
 
     def _config_function(self, name: str) -> Callable[..., object]:
         module = import_script_as_module(self.config_script)
-        function: Callable[..., object] | None = getattr(module, name, None)
+        where = shown(self.config_script)
+        if not hasattr(module, name):
+            others = set(_own_names(module)) - {"train_config", "infer_config"}
+            near = did_you_mean(name, others)
+            raise ComponentsError(f"{where} defines no {name}{near}", _names_in(module))
+        function: object = getattr(module, name)
         if not callable(function):
-            near = did_you_mean(name, _own_names(module))
-            raise ComponentsError(
-                f"{shown(self.config_script)} defines no {name}{near}", _names_in(module)
-            )
+            raise ComponentsError(f"{where}: {name} is no function: {function!r}")
         return function
 
     def _check_arguments(self, function: Callable[..., object], arguments: Sequence[str]) -> None:
@@ -142,8 +152,8 @@ class Experiment:
             signature.bind({}, *arguments)
         except TypeError as error:
             raise ComponentsError(
-                f"{shown(self.config_script)}: infer_config{_bare(signature)}: {error}",
-                f"given after the path: {' '.join(arguments) or 'nothing'}",
+                f"{shown(self.config_script)}: {function.__name__}{_bare(signature)}: {error}",
+                f"given after the hparams: {' '.join(arguments) or 'nothing'}",
             ) from None
 
 

@@ -24,6 +24,7 @@ _OWNED = {
     "init": {
         "logger": "metrics always go to the run folder; add callbacks for anything else",
         "default_root_dir": "the run folder is used; TORCH_LAB_ROOT moves it",
+        "barebones": "it would leave nothing of a run to record",
     },
     "fit": {
         "model": _COMPONENTS,
@@ -34,6 +35,7 @@ _OWNED = {
         "weights_only": "checkpoints are always read with weights_only=True",
     },
 }
+_COUNTS = {"max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches"}
 _OWNED_IN_OTHERS = {**_OWNED["fit"], "dataloaders": _COMPONENTS}
 
 
@@ -215,7 +217,7 @@ class _Check:
         for key in given:
             if key not in choices:
                 suggestion = did_you_mean(key, choices)
-                hint = None if suggestion else f"it may have: {', '.join(choices)}"
+                hint = None if suggestion else f"it may have: {', '.join(choices) or 'nothing'}"
                 raise self.error(f"{name} has the unknown key {key!r}{suggestion}", hint)
 
     def is_type(
@@ -266,7 +268,13 @@ class _Check:
             method = "__init__" if call == "init" else call
             parameters = parameters_of(module, f"{trainer}.{method}")
             self.are_known(arguments, [key for key in parameters if key not in owned], name)
+        for key in _COUNTS & set(arguments):
+            self.is_count(arguments[key], f"{name}.{key}")
         return arguments
+
+    def is_count(self, value: object, name: str) -> None:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise self.error(f"{name} must be a whole number, not {_described(value)}")
 
     def config(self, given: object) -> dict[str, Any]:
         config = self.is_dict(given, "config")

@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-__all__ = ["name_failing_samples", "without_workers"]
+from torch_lab.components import each_loader
+
+__all__ = ["prepare_datamodule", "prepare_loaders"]
 
 
-def name_failing_samples(loaders: Any) -> None:
-    """Make the datasets in `loaders` name the sample when one cannot be fetched.
+def prepare_loaders(given: Any, *, debug: bool) -> Any:
+    """Make the datasets in `given` name a sample that cannot be fetched, and return it.
 
     Args:
-        loaders: A DataLoader, or lists and dictionaries of them; changed in place. Iterable
-            datasets are left as they are: their samples have no index.
+        given: A DataLoader, or several in lists, dictionaries or a CombinedLoader; changed in
+            place. Iterable datasets are left as they are: their samples have no index.
+        debug: Whether to load in this process, where a debugger reaches.
     """
-    for loader in _each(loaders):
-        dataset = loader.dataset
-        if isinstance(dataset, (IterableDataset, _Named)):
-            continue
-        # DataLoader refuses to have its dataset set; a new loader would lose a subclass's state.
-        vars(loader)["dataset"] = _with_names(dataset)
+    for loader in _data_loaders(given):
+        if not isinstance(loader.dataset, (IterableDataset, _Named)):
+            # DataLoader refuses to have its dataset set; a new one would lose a subclass's state.
+            vars(loader)["dataset"] = _with_names(loader.dataset)
+        if debug:
+            # It refuses some of these too, and others alone do not go together.
+            vars(loader).update(
+                num_workers=0, timeout=0, prefetch_factor=None, persistent_workers=False
+            )
+    return given
 
 
-def without_workers(loaders: Any) -> None:
-    """Make `loaders` fetch in this process, where a debugger reaches."""
-    for loader in _each(loaders):
-        # DataLoader refuses to have some of these set, and others alone do not go together.
-        vars(loader).update(
-            num_workers=0, timeout=0, prefetch_factor=None, persistent_workers=False
-        )
+def prepare_datamodule(datamodule: pl.LightningDataModule, *, debug: bool) -> None:
+    """Do the same to whatever loaders `datamodule` will return."""
+    for hook in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        # Of the class, not bound: a bound method could not be pickled from its own instance.
+        function = getattr(type(datamodule), hook)
+        setattr(datamodule, hook, functools.partial(_prepared, function, datamodule, debug))
 
 
-def _each(loaders: Any) -> Iterator[DataLoader[Any]]:
-    if isinstance(loaders, DataLoader):
-        yield loaders
-    elif isinstance(loaders, Mapping):
-        for loader in loaders.values():
-            yield from _each(loader)
-    elif isinstance(loaders, (list, tuple)):
-        for loader in loaders:
-            yield from _each(loader)
-    elif isinstance(inner := getattr(loaders, "iterables", None), Iterable):
-        yield from _each(inner)  # Lightning's CombinedLoader.
+def _prepared(function: Callable[[Any], Any], datamodule: Any, debug: bool) -> Any:
+    return prepare_loaders(function(datamodule), debug=debug)
+
+
+def _data_loaders(given: Any) -> Iterator[DataLoader[Any]]:
+    for _, loader in each_loader("", given):
+        if isinstance(loader, DataLoader):
+            yield loader
 
 
 def _with_names(dataset: Dataset[Any]) -> _Named:
@@ -75,6 +80,14 @@ class _Named(Dataset[Any]):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["dataset"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A worker_init_fn opens files for the dataset of `get_worker_info()`, which is this one.
+        setattr(self.dataset, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.dataset)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.dataset,)

@@ -30,12 +30,12 @@ class MetricsLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Empty, as `version` is: callbacks join both to `save_dir`, and stay in the run folder."""
-        return ""
+        """A folder of the run for what callbacks of Lightning write by themselves."""
+        return "lightning"
 
     @property
     def version(self) -> str:
-        """Empty; see `name`."""
+        """Empty: the run has its version already."""
         return ""
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def _stops(training: Training) -> str:
     if trainer.max_epochs is None and trainer.max_steps == -1 and max_time is None:
         reasons.append("after 1,000 epochs (Lightning's default: nothing was given)")
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        reasons.append(f"after {trainer.max_epochs:,} epochs")
+        reasons.append(f"after {trainer.max_epochs:,} epoch{'s' * (trainer.max_epochs != 1)}")
     if trainer.max_steps >= 0:
         reasons.append(f"after {trainer.max_steps:,} steps")
     if max_time is not None:
@@ -62,7 +63,10 @@ def _stops(training: Training) -> str:
 
 def closing_rows(run: Run) -> Iterator[tuple[str, str]]:
     """Yield what is worth knowing after a run."""
-    yield "run", f"{run.name} {run.state} in {duration(run)}"
+    yield (
+        "run",
+        f"{run.name} {run.state} {'in' if run.state == 'completed' else 'after'} {duration(run)}",
+    )
     for name in ("best", "last"):
         if (sidecar := run.sidecar(name)) is not None:
             yield name, f"{_described(sidecar)}  {shown(run.checkpoint(name))}"
@@ -72,6 +76,8 @@ def closing_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "plots", shown(run.plots_folder)
     yield "folder", shown(run.folder)
     yield "look", f"tensorboard --logdir {_quoted(run.metrics_folder)}"
+    if run.best is not None:
+        yield "use", f'torch_lab.load_weights(model, "{run.name}", name="best")'
 
 
 def _described(sidecar: Mapping[str, Any]) -> str:
@@ -115,6 +121,8 @@ def closing_record(run: Run) -> str:
         "duration_s": _seconds(run),
         "best": run.sidecar("best"),
         "last": run.sidecar("last"),
-        "metrics": run.metrics,
+        "metrics": {
+            name: value if isfinite(value) else None for name, value in run.metrics.items()
+        },
     }
-    return json.dumps(record)
+    return json.dumps(record, allow_nan=False)

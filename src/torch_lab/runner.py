@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,18 @@ from torch_lab.console import Console, raised_in_lightning, rendered
 from torch_lab.errors import ComponentsError, Interrupted, UserError
 from torch_lab.experiment import Experiment
 from torch_lab.hparams import DevRun, Hparams
+from torch_lab.loaders import prepare_loaders
 from torch_lab.report import closing_record, closing_rows, header_rows
-from torch_lab.runs import Run, project_root
+from torch_lab.runs import Run
 from torch_lab.signals import signals_as_exceptions
-from torch_lab.training import Training, build_trainer, fit_loaders, leave_process_group, prepared
+from torch_lab.training import (
+    Training,
+    build_trainer,
+    failure_elsewhere,
+    given_callbacks,
+    leave_process_group,
+    prepared,
+)
 from torch_lab.utils import process_rank, shown
 
 __all__ = ["Inference", "infer", "train"]
@@ -57,7 +65,7 @@ def train(
     """
     dev = DevRun.parse(dev_run) if isinstance(dev_run, (str, int, float)) else dev_run
     follows = process_rank() > 0
-    with Console(quiet=follows, debug=debug) as console, signals_as_exceptions():
+    with Console(quiet=follows, debug=debug, as_json=as_json) as console, signals_as_exceptions():
         training = prepared(_loaded(path), dev, debug=debug, validate=validate)
         with contextlib.nullcontext() if follows else _recorded(training, console):
             console.header(header_rows(training, dev))
@@ -107,22 +115,25 @@ def infer(
         Interrupted: A signal asked it to end.
     """
     follows = process_rank() > 0
-    with Console(quiet=follows, debug=debug) as console, signals_as_exceptions():
+    with Console(quiet=follows, debug=debug, as_json=as_json) as console, signals_as_exceptions():
         experiment = _loaded(path)
+        words = [str(word) for word in arguments]
         hparams = experiment.hparams.for_debug() if debug else experiment.hparams
         pl.seed_everything(hparams.seed, workers=True, verbose=False)
-        components = experiment.infer_components(arguments)
-        fit_loaders(components.predict_dataloaders, debug=debug)
+        components = experiment.infer_components(words)
+        prepare_loaders(components.predict_dataloaders, debug=debug)
         weights = _weights_for(components.module, hparams)
         console.header([("infer", shown(experiment.script)), ("weights", weights)])
-        trainer = build_trainer(hparams, components.callbacks, project_root(experiment.script))
+        callbacks = [*components.callbacks, *given_callbacks(hparams)]
+        writers = [each for each in callbacks if isinstance(each, BasePredictionWriter)]
+        trainer = build_trainer(hparams, callbacks, experiment.root)
         how = {"return_predictions": return_predictions, **hparams.trainer.predict}
-        if not how["return_predictions"] and not _keeps_predictions(components.callbacks):
-            log.warning("no callback writes the predictions: they will be lost")
+        if not how["return_predictions"] and not writers:
+            log.warning("no prediction writer is among the callbacks: predictions will be lost")
         with _lightning_complaints_as_ours(experiment):
             predictions = trainer.predict(components.module, components.predict_dataloaders, **how)
             leave_process_group()
-        files = tuple(Path(callback.path) for callback in _writers(components.callbacks))
+        files = tuple(each.path for each in writers if isinstance(each, PredictionWriter))
         if as_json:
             console.result(json.dumps({"files": [str(file) for file in files]}))
         else:
@@ -145,43 +156,35 @@ def _weights_for(module: pl.LightningModule, hparams: Hparams) -> str:
     return "untrained"
 
 
-def _keeps_predictions(callbacks: Sequence[pl.Callback]) -> bool:
-    hooks = ("on_predict_batch_end", "on_predict_epoch_end", "on_predict_end", "write_on_epoch_end")
-    return any(
-        isinstance(callback, BasePredictionWriter)
-        or any(
-            getattr(type(callback), hook, None) is not getattr(pl.Callback, hook, None)
-            for hook in hooks
-        )
-        for callback in callbacks
-    )
-
-
-def _writers(callbacks: Sequence[pl.Callback]) -> list[PredictionWriter]:
-    return [callback for callback in callbacks if isinstance(callback, PredictionWriter)]
-
-
 @contextlib.contextmanager
 def _recorded(training: Training, console: Console) -> Iterator[None]:
     """Keep the run's record on disk, from its reservation to how it ended.
 
     A user's mistake that shows only now, before anything was trained, leaves no run behind.
     """
-    run = training.run
-    run.reserve()
-    console.attach(run.console_log)
+    run, experiment = training.run, training.experiment
     try:
-        with _lightning_complaints_as_ours(training.experiment):
-            run.write_sources(training.root, training.experiment.scripts, training.code.changes)
+        run.reserve()
+        console.attach(run.console_log)
+        with _lightning_complaints_as_ours(experiment):
+            run.write_sources(experiment.root, experiment.scripts, training.code.changes)
             yield
-    except BaseException as error:
-        if isinstance(error, UserError) and not run.checkpoints_folder.exists():
+    except BaseException as raised:
+        error = failure_elsewhere(run) or raised
+        if isinstance(error, UserError) and not training.has_trained:
             run.discard()
-            raise
+            raise error from None
         console.keep(rendered(error))
+        with contextlib.suppress(RuntimeError):  # After an error of the device it may not answer.
+            training.keep_metrics()
         state = "stopped" if isinstance(error, Interrupted) else "failed"
         run.close(state, training.metrics, reason=f"{type(error).__name__}: {error}")
-        raise
+        console.header(closing_rows(run))
+        if isinstance(error, Interrupted) and (launcher := training.trainer.strategy.launcher):
+            launcher.kill(error.signum)
+        if error is raised:
+            raise
+        raise error from raised
     else:
         run.close("completed", training.metrics)
     finally:

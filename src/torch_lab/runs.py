@@ -29,8 +29,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from torch_lab.errors import CheckpointError, did_you_mean
-from torch_lab.utils import shown, write_atomically
+from torch_lab.errors import CheckpointError, UserError, did_you_mean
+from torch_lab.files import written_whole
+from torch_lab.scripts import running_script
+from torch_lab.utils import shown
 
 __all__ = [
     "CodeState",
@@ -48,11 +50,16 @@ _VERSION = re.compile(r"-v(\d+)$")
 _RECORD = "run.json"
 
 
-def project_root(start: Path) -> Path:
+def project_root(start: Path | None = None) -> Path:
     """Return the project of `start`: the nearest parent with a `pyproject.toml` or `.git`.
 
     `TORCH_LAB_ROOT` overrides it; without any of them it is the working directory.
+
+    Args:
+        start: A path in the project; if not given, the script that is running, be it in
+            `train_config` or `infer_config`, or else the working directory.
     """
+    start = start or running_script() or Path.cwd()
     if override := os.environ.get("TORCH_LAB_ROOT"):
         return Path(override).expanduser().resolve()
     for folder in (start, *start.parents):
@@ -72,35 +79,39 @@ class CodeState:
 
     commit: str | None = None
     branch: str | None = None
-    changes: str = ""
+    changes: bytes = b""
     """The difference of the working tree to the commit, as a patch."""
+    untracked: int = 0
+    """How many files or folders git neither tracks nor ignores."""
 
     def __str__(self) -> str:
         if self.commit is None:
             return "no git commit"
         changed = ", with uncommitted changes" if self.changes else ""
-        return f"{self.branch} {self.commit[:8]}{changed}"
+        untracked = f", {self.untracked} untracked" if self.untracked else ""
+        return f"{self.branch} {self.commit[:8]}{changed}{untracked}"
 
 
 def code_state(root: Path) -> CodeState:
     """Return the state of the code below `root`."""
-    status = _git(root, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+    status = _git(root, "status", "--porcelain=v2", "--branch").decode(errors="replace")
     head = dict(re.findall(r"^# branch\.(oid|head) (.*)$", status, flags=re.MULTILINE))
     if head.get("oid", "(initial)") == "(initial)":
         return CodeState()
-    changed = any(line and not line.startswith("#") for line in status.splitlines())
-    changes = _git(root, "diff", "--binary", "HEAD") if changed else ""
-    return CodeState(head["oid"], head["head"], changes)
+    files = [line[0] for line in status.splitlines() if not line.startswith("#")]
+    untracked = files.count("?")
+    changed = len(files) > untracked
+    diff = ("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD")
+    return CodeState(head["oid"], head["head"], _git(root, *diff) if changed else b"", untracked)
 
 
-def _git(root: Path, *arguments: str) -> str:
+def _git(root: Path, *arguments: str) -> bytes:
     """Return what git prints; nothing where there is no git, no checkout or no answer in time."""
     command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+        return subprocess.run(command, capture_output=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.decode(errors="replace")
+        return b""
 
 
 def _now() -> str:
@@ -159,7 +170,7 @@ class Run:
     """One execution of an experiment: its folder, and the record in it."""
 
     folder: Path
-    record: RunRecord
+    record: RunRecord = field(repr=False)
 
     @classmethod
     def plan(cls, artifacts: Path, base_name: str, **record: Any) -> Run:
@@ -177,9 +188,22 @@ class Run:
 
         Creating the folder is what reserves the version: of two launches in the same instant one
         fails to, and takes the next.
+
+        Raises:
+            UserError: The folder cannot be created.
         """
         artifacts, base_name = self.folder.parent, self.record.name
-        artifacts.mkdir(parents=True, exist_ok=True)
+        try:
+            artifacts.mkdir(parents=True, exist_ok=True)
+            self._reserve(artifacts, base_name)
+        except OSError as error:
+            raise UserError(
+                f"cannot create a run in {shown(artifacts)}: {error.strerror}",
+                "the environment variable TORCH_LAB_ROOT moves it",
+            ) from None
+        self.write()
+
+    def _reserve(self, artifacts: Path, base_name: str) -> None:
         version = max(_versions(artifacts, base_name), default=0) + 1
         while True:
             folder = artifacts / f"{base_name}-v{version}"
@@ -189,7 +213,6 @@ class Run:
             except FileExistsError:
                 version += 1
         self.folder, self.record.name, self.record.version = folder, folder.name, version
-        self.write()
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -201,6 +224,7 @@ class Run:
         try:
             found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
             known = {item.name for item in fields(RunRecord)}
+            found["metrics"] = decoded(found.get("metrics", {}))
             return cls(folder, RunRecord(**{key: found[key] for key in found if key in known}))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{folder} holds no run: {_RECORD}: {error}") from None
@@ -271,10 +295,12 @@ class Run:
 
     def write(self) -> None:
         """Write the record."""
-        text = json.dumps(asdict(self.record), indent=2, ensure_ascii=False)
-        write_atomically(self.folder / _RECORD, text + "\n")
+        record = {**asdict(self.record), "metrics": encoded(self.record.metrics)}
+        with written_whole(self.folder / _RECORD) as file:
+            text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write_text(text + "\n", encoding="utf-8")
 
-    def write_sources(self, root: Path, scripts: Iterable[Path], changes: str) -> None:
+    def write_sources(self, root: Path, scripts: Iterable[Path], changes: bytes) -> None:
         """Copy `scripts` by their paths below `root`, and write the uncommitted `changes`."""
         sources = self.folder / "sources"
         sources.mkdir()
@@ -286,7 +312,7 @@ class Run:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(script, target)
         if changes:
-            (sources / "changes.diff").write_text(changes, encoding="utf-8")
+            (sources / "changes.diff").write_bytes(changes)
 
     def close(self, state: str, metrics: Mapping[str, float], reason: str | None = None) -> None:
         """Record how the run ended."""
@@ -324,9 +350,7 @@ def find_run(artifacts: Path, wanted: str, having: str) -> Run:
     Raises:
         CheckpointError: There is no such run.
     """
-    folders = (
-        [entry for entry in artifacts.iterdir() if entry.is_dir()] if artifacts.is_dir() else []
-    )
+    folders = [record.parent for record in artifacts.glob(f"*/{_RECORD}")]
     names = {folder.name: folder for folder in folders}
     if wanted in names:
         return Run.read(names[wanted])

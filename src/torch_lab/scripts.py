@@ -28,7 +28,15 @@ from typing import Any
 
 from torch_lab.errors import ScriptError, did_you_mean
 
-__all__ = ["Layer", "copied", "import_script_as_module", "layers_of", "siblings_importable"]
+__all__ = [
+    "Layer",
+    "copied",
+    "import_script_as_module",
+    "layers_of",
+    "running",
+    "running_script",
+    "siblings_of",
+]
 
 __path__: list[str] = []  # Makes this module a package: scripts are its sub-modules.
 
@@ -83,25 +91,42 @@ def layers_of(module: ModuleType) -> tuple[Layer, ...]:
 
 
 @contextlib.contextmanager
-def siblings_importable(folder: Path) -> Iterator[None]:
-    """Let `import name` find modules in `folder` for a while, without a change of `sys.path`."""
-    finder = _SiblingFinder(folder)
+def running(script: Path) -> Iterator[None]:
+    """Run code of `script`: its siblings can be imported, and relative paths start at its folder.
+
+    `sys.path` stays as it is.
+    """
+    token = _running.set((*_running.get(), script))
+    finder = _SiblingFinder(script.parent)
     before = set(sys.modules)
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
+        _running.reset(token)
         sys.meta_path.remove(finder)
         for name in finder.short_names - before:
             sys.modules.pop(name, None)
 
 
+def running_script() -> Path | None:
+    """Return the script whose code is running, if one is."""
+    return _running.get()[-1] if _running.get() else None
+
+
+def siblings_of(script: Path) -> list[Path]:
+    """Return the modules beside `script` that have been imported, by it or for it."""
+    package = f"{_name_of(script).rpartition('.')[0]}."
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(package)]
+    files = {module.__file__ for module in modules if module.__file__}
+    return sorted(Path(file) for file in files)
+
+
 def _found(path: str | Path) -> Path:
-    script = Path(path).expanduser()
-    if not script.is_absolute():
-        calling = _running.get()
-        beside = calling[-1].parent / script if calling else script
-        script = beside if beside.is_file() else script
+    script, calling = Path(path).expanduser(), running_script()
+    if calling is not None:
+        beside = calling.parent / script
+        script = script if script.is_file() and not beside.is_file() else beside
     script = script.resolve()
     if script.is_file():
         return script
@@ -110,7 +135,8 @@ def _found(path: str | Path) -> Path:
     names = (
         [sibling.name for sibling in script.parent.glob("*.py")] if script.parent.is_dir() else []
     )
-    raise ScriptError(f"{path}: no such script{did_you_mean(script.name, names)}")
+    by = f" (imported by {_shortest(calling)})" if calling else ""
+    raise ScriptError(f"{path}: no such script{by}{did_you_mean(script.name, names)}")
 
 
 def _refuse_circle(script: Path) -> None:
@@ -148,9 +174,14 @@ def copied(value: Any) -> Any:
 
 
 def _name_of(script: Path) -> str:
-    """Return the module name of `script`; its dots are escaped, as dots separate packages."""
-    folder = str(script.parent).replace("%", "%25").replace(".", "%2E")
-    return f"{__name__}.{folder}.{script.stem.replace('%', '%25').replace('.', '%2E')}"
+    """Return the module name of `script`, in which dots and `#` have meanings of their own."""
+    return f"{__name__}.{_escaped(str(script.parent))}.{_escaped(script.stem)}"
+
+
+def _escaped(part: str) -> str:
+    for character in "%.#":
+        part = part.replace(character, f"%{ord(character):02X}")
+    return part
 
 
 def _unused_name(script: Path) -> str:
@@ -162,7 +193,9 @@ def _unused_name(script: Path) -> str:
 
 
 def _unescaped(part: str) -> str:
-    return part.replace("%2E", ".").replace("%25", "%")
+    for character in "#.%":
+        part = part.replace(f"%{ord(character):02X}", character)
+    return part
 
 
 class _ScriptFinder(importlib.abc.MetaPathFinder):
@@ -173,21 +206,22 @@ class _ScriptFinder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith(f"{__name__}."):
             return None
-        folder, *inner = (
-            _unescaped(part) for part in fullname.removeprefix(f"{__name__}.").split(".")
-        )
+        folder, *inner = fullname.removeprefix(f"{__name__}.").split(".")
         if not inner:
             return importlib.machinery.ModuleSpec(fullname, None, is_package=True)
-        place = Path(folder).joinpath(*inner[:-1])
-        stem = _RUN_NUMBER.sub("", inner[-1])
-        package = place / stem / "__init__.py"
-        if package.is_file():
-            return importlib.util.spec_from_file_location(
-                fullname, package, submodule_search_locations=[str(package.parent)]
-            )
+        *packages, name = inner
+        place = Path(_unescaped(folder)).joinpath(*map(_unescaped, packages))
+        stem = _unescaped(_RUN_NUMBER.sub("", name))
         script = place / f"{stem}.py"
-        loader = _ScriptLoader(fullname, str(script))
-        return importlib.util.spec_from_loader(fullname, loader) if script.is_file() else None
+        if script.is_file():
+            loader = _ScriptLoader(fullname, str(script))
+            return importlib.util.spec_from_loader(fullname, loader)
+        package = place / stem / "__init__.py"
+        if not package.is_file():
+            return None
+        return importlib.util.spec_from_file_location(
+            fullname, package, submodule_search_locations=[str(package.parent)]
+        )
 
 
 class _ScriptLoader(importlib.machinery.SourceFileLoader):
@@ -199,13 +233,8 @@ class _ScriptLoader(importlib.machinery.SourceFileLoader):
         return code
 
     def exec_module(self, module: ModuleType) -> None:
-        script = Path(self.path)
-        token = _running.set((*_running.get(), script))
-        try:
-            with siblings_importable(script.parent):
-                super().exec_module(module)
-        finally:
-            _running.reset(token)
+        with running(Path(self.path)):
+            super().exec_module(module)
 
 
 class _SiblingFinder(importlib.abc.MetaPathFinder):

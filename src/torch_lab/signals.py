@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 from torch_lab.errors import Interrupted
@@ -20,25 +21,38 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def signals_as_exceptions() -> Iterator[None]:
     """Raise `Interrupted` in the main thread on SIGINT, SIGTERM and SIGHUP.
 
-    A second signal, while the first is still being answered, ends the process at once. Other
-    threads cannot have signal handlers: there the signals do what they did before.
+    A second signal, while the first is still being answered, ends the process at once. A signal
+    that the process was started to ignore (`nohup`) stays ignored. Other threads than the main one
+    cannot have signal handlers: there the signals do what they did before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {each: signal.signal(each, _interrupt) for each in _SIGNALS}
+    before = {each: signal.getsignal(each) for each in _SIGNALS}
+    answered = [each for each, handler in before.items() if handler not in (None, signal.SIG_IGN)]
+    handler = functools.partial(_interrupt, os.getpid(), answered)
+    for each in answered:
+        signal.signal(each, handler)
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each in answered:
+            signal.signal(each, before[each])
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    for each in _SIGNALS:
-        signal.signal(each, _leave)
+def _interrupt(
+    owner: int, answered: Iterable[signal.Signals], signum: int, frame: FrameType | None
+) -> None:
+    if os.getpid() != owner:
+        _end_forked_process(signum)
+    for each in answered:
+        signal.signal(each, signal.SIG_DFL)
     raise Interrupted(signum)
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
-    os._exit(128 + signum)
+def _end_forked_process(signum: int) -> None:
+    """End a worker that was forked with our handlers as it would have ended without them."""
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    signal.signal(signum, signal.SIG_DFL)
+    signal.raise_signal(signum)

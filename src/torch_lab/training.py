@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import multiprocessing.util
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,29 +19,43 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.plugins import CheckpointIO
-from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 
-from torch_lab import loaders
+from torch_lab import errors
 from torch_lab.callbacks import EpochProgress, MetricPlots, NanMonitor
 from torch_lab.checkpoints import (
     AtomicCheckpointIO,
     CheckpointWriter,
     Source,
+    check_fits,
     load_source,
     source_of,
 )
 from torch_lab.components import TrainComponents
-from torch_lab.console import Console
-from torch_lab.errors import HparamsError, did_you_mean
+from torch_lab.console import Console, is_open
+from torch_lab.errors import HparamsError, TorchLabError, UserError, did_you_mean
 from torch_lab.experiment import Experiment
+from torch_lab.files import written_whole
 from torch_lab.hparams import DevRun, Hparams
+from torch_lab.loaders import prepare_datamodule, prepare_loaders
+from torch_lab.modules import TrainLabModule
 from torch_lab.recording import MetricsLogger
-from torch_lab.runs import CodeState, Run, artifacts_folder, code_state, encoded, project_root
-from torch_lab.utils import shown
+from torch_lab.runs import CodeState, Run, artifacts_folder, code_state, encoded
+from torch_lab.utils import process_rank, shown
 
-__all__ = ["Training", "build_trainer", "fit_loaders", "leave_process_group", "prepared"]
+__all__ = [
+    "Training",
+    "build_trainer",
+    "failure_elsewhere",
+    "given_callbacks",
+    "leave_process_group",
+    "prepared",
+]
 
 log = logging.getLogger(__name__)
+
+_FAILURE = ".failure.json"
+"""Where a process tells the one that started it what went wrong."""
 
 
 @dataclass
@@ -46,33 +63,44 @@ class Training:
     """Everything that a training needs, checked; nothing of it is on disk yet."""
 
     experiment: Experiment
-    hparams: Hparams
     components: TrainComponents
     source: Source | None
-    root: Path
     code: CodeState
     run: Run
     logger: MetricsLogger
     trainer: pl.Trainer
     validates: bool
+    first_step: int = 0
+    """The step that training goes on from; 0 if it starts anew."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
-    def resumed_from(self) -> Source | None:
+    def hparams(self) -> Hparams:
+        """The hparams, as a dev run or debugging has changed them."""
+        return self.experiment.hparams
+
+    @property
+    def resumed_from(self) -> Path | None:
         """The checkpoint that training goes on from in full."""
-        return None if self.hparams.checkpoint.weights_only else self.source
+        if self.source is None or self.hparams.checkpoint.weights_only:
+            return None
+        return self.source.path
 
     def validate_before(self) -> None:
         """Validate once, for the baseline point of the curves, if wanted and if there is data."""
         components = self.components
-        if not self.validates or not _has_data(components, "val_dataloader"):
+        if not self.validates or "val_dataloader" not in components.hooks:
             return
         data = {"datamodule": components.datamodule, "dataloaders": components.val_dataloaders}
         arguments = {"verbose": False, **self.hparams.trainer.validate}
-        if self.resumed_from is not None:
-            self.logger.first_step = int(self.resumed_from.load()["global_step"])
+        self.logger.first_step = self.first_step
         self._seed()
-        self.trainer.validate(components.module, **data, **_weights(self.resumed_from), **arguments)
+        self.trainer.validate(
+            components.module,
+            **data,
+            **_weights(self.resumed_from),
+            **arguments,
+        )
         self.logger.first_step = 0
         self._check_monitors(_numbers(self.trainer.callback_metrics))
 
@@ -87,61 +115,69 @@ class Training:
         # Again, so that the baseline validation changes nothing in what follows.
         self._seed()
         self.trainer.fit(components.module, **data, **_weights(self.resumed_from))
-        self.metrics |= _numbers(self.trainer.callback_metrics)
+        self.keep_metrics()
 
     def test_after(self) -> None:
         """Test the best weights, or the last where there is no best, if there is data."""
         components = self.components
-        if not _has_data(components, "test_dataloader"):
+        if "test_dataloader" not in components.hooks:
             return
         data = {"datamodule": components.datamodule, "dataloaders": components.test_dataloaders}
         best = self.run.checkpoint("best")
-        weights = _weights(Source(best, self.run) if best.is_file() else None)
+        weights = _weights(best if best.is_file() else None)
         arguments = {"verbose": False, **self.hparams.trainer.test}
         self.trainer.test(components.module, **data, **weights, **arguments)
+        self.keep_metrics()
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether a step was made."""
+        return self.trainer.global_step not in (0, self.first_step)
+
+    def keep_metrics(self) -> None:
+        """Keep the last value of everything that was logged."""
         self.metrics |= _numbers(self.trainer.callback_metrics)
 
     def _seed(self) -> None:
         pl.seed_everything(self.hparams.seed, workers=True, verbose=False)
 
     def _check_monitors(self, logged: Mapping[str, float]) -> None:
-        """Check that what is monitored is logged; names of training metrics are not known yet."""
-        names = [
-            (f"{type(callback).__name__}.monitor", callback.monitor)
-            for callback in self.trainer.early_stopping_callbacks
-            if callback.strict
-        ]
+        """Check what is monitored against what the baseline validation logged."""
         if "monitor" in self.hparams.config:
-            names.append(("config.monitor", self.hparams.monitor))
+            self._check_monitor("config.monitor", self.hparams.monitor, logged)
         elif self.hparams.monitor not in logged and self.trainer.checkpoint_callbacks:
             log.warning(
                 "nothing logs loss/validate, so there will be no best checkpoint; "
                 "set config.monitor to one of: %s",
-                ", ".join(logged) or "nothing is logged",
+                ", ".join(logged) or "what validation logs, which is nothing now",
             )
-        for key, name in names:
-            if name not in logged and "train" not in name:
-                raise HparamsError(
-                    f"{shown(self.experiment.script)}: {key} is {name!r}, which nothing logs in "
-                    f"validation{did_you_mean(name, logged)}",
-                    f"validation logs: {', '.join(logged) or 'nothing'}",
-                )
+        for callback in self.trainer.early_stopping_callbacks:
+            if callback.strict:
+                name = f"{type(callback).__name__}.monitor"
+                self._check_monitor(name, callback.monitor, logged)
+
+    def _check_monitor(self, key: str, name: str, logged: Mapping[str, float]) -> None:
+        near = did_you_mean(name, logged)
+        # Of what training logs nothing is known yet. The names of our own module say the stage.
+        ours = isinstance(self.components.module, TrainLabModule)
+        may_be_trained = name.endswith("/train") if ours else not near
+        if name not in logged and not may_be_trained:
+            raise HparamsError(
+                f"{shown(self.experiment.script)}: {key} is {name!r}, which nothing logs in "
+                f"validation{near}",
+                f"validation logs: {', '.join(logged) or 'nothing'}",
+            )
 
 
-def _has_data(components: TrainComponents, hook: str) -> bool:
-    """Return whether there is data for a stage: in loaders, or by `hook` of a datamodule."""
-    if components.datamodule is not None:
-        return is_overridden(hook, components.datamodule, pl.LightningDataModule)
-    return getattr(components, f"{hook}s") is not None
-
-
-def _weights(source: Source | None) -> dict[str, Any]:
-    """Return the arguments with which a call of the `Trainer` takes its weights from `source`."""
-    return {"ckpt_path": source.path, "weights_only": True} if source else {}
+def _weights(checkpoint: Path | None) -> dict[str, Any]:
+    """Return the arguments with which a call of the `Trainer` reads `checkpoint`."""
+    return {"ckpt_path": checkpoint, "weights_only": True} if checkpoint else {}
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
+    """Return metrics as numbers, without the `x_step` of an `x`: it is that of a single batch."""
+    names = [name for name in metrics if name.removesuffix("_step") not in metrics.keys() - {name}]
+    return {name: float(metrics[name]) for name in names}
 
 
 def prepared(
@@ -165,46 +201,52 @@ def prepared(
     # Before the components are built: it decides on the weights that they start with.
     pl.seed_everything(hparams.seed, workers=True, verbose=False)
     components = experiment.train_components()
-    fit_loaders(
-        [components.train_dataloaders, components.val_dataloaders, components.test_dataloaders],
-        debug=debug,
-    )
-    source = _checked_source(components.module, hparams)
-    root = project_root(experiment.script)
-    code = code_state(root)
-    run = _planned(experiment, root, code, source, "dev_" if dev else "")
+    _prepare_data(components, debug=debug)
+    source = source_of(hparams)
+    first_step = _start(components.module, source, hparams)
+    code = code_state(experiment.root)
+    run = _planned(experiment, code, source, "dev_" if dev else "")
     logger = MetricsLogger(run)
     callbacks = _train_callbacks(hparams, run, components)
     # The baseline validation does what Lightning's sanity check is for.
     defaults = {"logger": logger} | ({"num_sanity_val_steps": 0} if validate else {})
     trainer = build_trainer(hparams, callbacks, run.folder.parent, **defaults)
+    _check_rank(trainer, hparams)
     return Training(
-        experiment, hparams, components, source, root, code, run, logger, trainer, validate
+        experiment, components, source, code, run, logger, trainer, validate, first_step
     )
 
 
-def _checked_source(module: pl.LightningModule, hparams: Hparams) -> Source | None:
-    """Return the checkpoint to start from; weights are loaded already if only they are wanted."""
-    source = source_of(hparams)
-    if source is not None and hparams.checkpoint.weights_only:
+def _check_rank(trainer: pl.Trainer, hparams: Hparams) -> None:
+    if process_rank() > 0 and trainer.world_size == 1:
+        raise UserError(
+            f"{shown(hparams.path)}: this is process {process_rank()} of several that were started "
+            "together, but trainer.init asks for one",
+            "set its devices and strategy, or start a single process",
+        )
+
+
+def _start(module: pl.LightningModule, source: Source | None, hparams: Hparams) -> int:
+    """Return the step to start from; weights are loaded already if only they are wanted."""
+    if source is None:
+        return 0
+    if hparams.checkpoint.weights_only:
         load_source(module, source)
-    elif source is not None:
-        source.check_resumable(hparams.trainer.init)
-    return source
+        return 0
+    check_fits(module, source)
+    return source.resumable_step(hparams.trainer.init)
 
 
-def fit_loaders(given: Any, *, debug: bool) -> None:
-    """Make the loaders in `given` name failing samples, and work in this process if `debug`."""
-    loaders.name_failing_samples(given)
-    if debug:
-        loaders.without_workers(given)
+def _prepare_data(components: TrainComponents, *, debug: bool) -> None:
+    if components.datamodule is not None:
+        prepare_datamodule(components.datamodule, debug=debug)
+    loaders = (components.train_dataloaders, components.val_dataloaders)
+    prepare_loaders([*loaders, components.test_dataloaders], debug=debug)
 
 
-def _planned(
-    experiment: Experiment, root: Path, code: CodeState, source: Source | None, prefix: str
-) -> Run:
+def _planned(experiment: Experiment, code: CodeState, source: Source | None, prefix: str) -> Run:
     return Run.plan(
-        artifacts_folder(root),
+        artifacts_folder(experiment.root),
         prefix + experiment.base_name,
         experiment=experiment.name,
         script=str(experiment.script),
@@ -218,34 +260,74 @@ def _planned(
 
 
 def _train_callbacks(hparams: Hparams, run: Run, components: TrainComponents) -> list[pl.Callback]:
-    init = hparams.trainer.init
-    callbacks: list[pl.Callback] = [
-        _SpawnedProcess(run),
+    return [
+        _Process(run),
         NanMonitor(),
+        # No lambda: callbacks are pickled on their way to spawned processes.
         MetricPlots(functools.partial(getattr, run, "plots_folder")),
         *components.callbacks,
+        *given_callbacks(hparams),
+        # The last one, as what the others do belongs into a checkpoint.
+        CheckpointWriter(run, hparams.monitor, hparams.monitor_mode),
     ]
-    if init.get("enable_checkpointing", True) and not init.get("fast_dev_run"):
-        callbacks.append(CheckpointWriter(run, hparams.monitor, hparams.monitor_mode))
-    return callbacks
 
 
-class _SpawnedProcess(pl.Callback):
-    """Gives processes that Lightning spawned what they lack: a console, and an orderly end."""
+class _Process(pl.Callback):
+    """Gives every process of a run what it needs to know, and spawned ones what they lack."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.launcher = os.getpid()
         self.console: Console | None = None
+        self.on_term: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "on_term": None}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Open the console, for as long as the process lives."""
-        if os.getpid() == self.launcher:
-            return
-        self.console = Console(quiet=not trainer.is_global_zero)
-        self.console.__enter__()
-        self.console.attach(self.run.console_log)
-        multiprocessing.util.Finalize(None, leave_process_group, exitpriority=0)
+        """Tell the other ranks which folder rank zero reserved; open a console for this one."""
+        self.run.folder = Path(trainer.strategy.broadcast(str(self.run.folder)))
+        # Where Lightning writes what has no other place; when it was made, there was no folder.
+        trainer._default_root_dir = str(self.run.folder)  # type: ignore[attr-defined]
+        self.on_term = signal.getsignal(signal.SIGTERM)
+        if os.getpid() != self.launcher:
+            self._open_console(quiet=not trainer.is_global_zero)
+            multiprocessing.util.Finalize(None, leave_process_group, exitpriority=0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take SIGTERM back from Lightning, whose handler waits in it for all other processes."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.on_term)
+
+    on_validation_start = on_test_start = on_train_start
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Tell the process that started this one, which will only see that it is gone."""
+        was_started = trainer.global_rank > 0 or os.getpid() != self.launcher
+        if was_started and isinstance(exception, TorchLabError):
+            told = {"type": type(exception).__name__, "arguments": exception.__reduce__()[1]}
+            with written_whole(self.run.folder / _FAILURE) as file:
+                file.write_text(json.dumps(told), encoding="utf-8")
+
+    def _open_console(self, *, quiet: bool) -> None:
+        """Open one for as long as the process lives, unless a fork gave it that of rank zero."""
+        if quiet or not is_open():
+            self.console = Console(quiet=quiet)
+            self.console.__enter__()
+            self.console.attach(self.run.console_log)
+
+
+def failure_elsewhere(run: Run) -> TorchLabError | None:
+    """Return the error of ours that ended another process of `run`, if one did."""
+    file = run.folder / _FAILURE
+    if not file.is_file():
+        return None
+    told = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    error: TorchLabError = getattr(errors, told["type"])(*told["arguments"])
+    return error
 
 
 def leave_process_group() -> None:
@@ -258,35 +340,67 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def given_callbacks(hparams: Hparams) -> list[pl.Callback]:
+    """Return the callbacks in `trainer.init`.
+
+    Raises:
+        HparamsError: Something else is among them.
+    """
+    given = _as_list(hparams.trainer.init.get("callbacks"))
+    for callback in given:
+        if not isinstance(callback, pl.Callback):
+            kind = type(callback).__name__
+            raise HparamsError(f"{shown(hparams.path)}: trainer.init.callbacks has a {kind}")
+    return given
+
+
 def build_trainer(
     hparams: Hparams, callbacks: Sequence[pl.Callback], root: Path, **defaults: Any
 ) -> pl.Trainer:
     """Return the `Trainer` that the hparams ask for, with `callbacks` and what torch_lab adds.
 
     Args:
-        hparams: Their `trainer.init` overrides `defaults`.
-        callbacks: Those of this run.
+        hparams: Their `trainer.init` overrides `defaults`; its callbacks are not looked at.
+        callbacks: All callbacks of this run.
         root: Where Lightning may leave what it has no other place for.
         defaults: Further keyword arguments of the `Trainer`.
 
     Raises:
         HparamsError: Lightning refuses a value.
     """
-    init = {"logger": False, "enable_checkpointing": False, **defaults, **hparams.trainer.init}
-    callbacks = [*callbacks, *_as_list(init.pop("callbacks", None))]
-    if not _has(callbacks, ProgressBar) and init.get("enable_progress_bar", True):
-        callbacks.append(EpochProgress())
-    if not _has(callbacks, ModelSummary) and init.get("enable_model_summary", True):
-        # Lightning's default prints to stdout, where results belong; this one goes to the log.
-        callbacks.append(ModelSummary())
-    plugins = _as_list(init.pop("plugins", None))
-    if not _has(plugins, CheckpointIO):
-        plugins.append(AtomicCheckpointIO())
+    init = {"logger": False, **defaults, **hparams.trainer.init}
+    if init.get("enable_checkpointing") is False or init.get("fast_dev_run"):
+        callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
     init["enable_checkpointing"] = _has(callbacks, Checkpoint)
+    init["callbacks"] = [*callbacks, *_default_callbacks(callbacks, init)]
+    init["plugins"] = _plugins(init)
     try:
-        return pl.Trainer(default_root_dir=root, callbacks=callbacks, plugins=plugins, **init)
+        return pl.Trainer(default_root_dir=root, **init)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise HparamsError(f"{shown(hparams.path)}: trainer.init: {error}") from error
+
+
+def _default_callbacks(
+    callbacks: Sequence[pl.Callback], init: Mapping[str, Any]
+) -> list[pl.Callback]:
+    """Return what shows the progress and describes the model, unless others do or none shall."""
+    defaults: list[pl.Callback] = []
+    if not _has(callbacks, ProgressBar) and init.get("enable_progress_bar", True):
+        defaults.append(EpochProgress())
+    if not _has(callbacks, ModelSummary) and init.get("enable_model_summary", True):
+        # Lightning's default prints to stdout, where results belong; this one goes to the log.
+        defaults.append(ModelSummary())
+    return defaults
+
+
+def _plugins(init: Mapping[str, Any]) -> list[Any]:
+    """Return the plugins, with one that writes checkpoints whole, if there is room for it."""
+    plugins = _as_list(init.get("plugins"))
+    for plugin in plugins:
+        if isinstance(plugin, _WrappingCheckpointIO) and plugin.checkpoint_io is None:
+            plugin.checkpoint_io = AtomicCheckpointIO()
+    taken = _has(plugins, CheckpointIO) or getattr(init.get("strategy"), "_checkpoint_io", None)
+    return plugins if taken else [*plugins, AtomicCheckpointIO()]
 
 
 def _as_list(given: Any) -> list[Any]:

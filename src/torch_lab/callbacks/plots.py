@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from torch_lab.callbacks.files import beside, publish
+from torch_lab.files import beside, publish
 from torch_lab.metrics import MetricWrapper
 
 __all__ = ["MetricPlots"]

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_lab.callbacks.files import beside, publish
 from torch_lab.errors import TorchLabError, UserError
+from torch_lab.files import beside, publish
 
 __all__ = ["Columns", "CsvWriter", "JsonLinesWriter", "NpzWriter", "PredictionWriter"]
 

@@ -1,0 +1,42 @@
+"""Files that are whole or not there: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["beside", "publish", "sync", "written_whole"]
+
+
+def beside(path: Path, label: str) -> Path:
+    """Return a hidden name in the folder of `path`, where a move to `path` is atomic."""
+    return path.with_name(f".{path.name}.{label}.tmp")
+
+
+def publish(written: Path, path: Path) -> None:
+    """Move `written`, once it is safe on the disk, to `path`, replacing what was there."""
+    sync(written)
+    written.replace(path)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a name to write to; what is there at the end becomes `path`, after an error nothing."""
+    written = beside(path, "new")
+    try:
+        yield written
+        publish(written, path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are safe on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

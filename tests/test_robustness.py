@@ -1,0 +1,381 @@
+"""What users do that is not in any tutorial: none of it may hang, lie, or lose a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_lab
+from conftest import CONFIG, Lab
+from torch_lab.errors import ExitCode
+
+OWN = """
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.full((2,), float(index))
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.layer(batch).square().mean() * (1 + self.global_rank))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.001)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(Numbers(), batch_size=2, num_workers=WORKERS)
+
+    def val_dataloader(self):
+        return DataLoader(Numbers(), batch_size=2)
+
+
+WORKERS = 0
+
+
+def train_config(hparams):
+    return {"module": Net(), "datamodule": Data()}
+"""
+
+
+STEP = "return self.layer(batch).square().mean()\n\n    def val"
+
+
+def own(lab: Lab, *changes: tuple[str, str], **init: object) -> None:
+    """Write an experiment with a module and a datamodule of the user's own."""
+    text = OWN
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    lab.write("__main__.py", text)
+    lab.hparams(
+        "hparams",
+        {"config": {"monitor": "val_loss"}, "trainer": {"init": {"max_epochs": 2, **init}}},
+    )
+
+
+def test_a_mistake_after_training_loses_nothing(lab: Lab) -> None:
+    """What Lightning refuses once steps were made is recorded; the run folder stays."""
+    late = "if batch_idx == 3: raise MisconfigurationException('late')\n        return"
+    own(
+        lab,
+        (STEP, STEP.replace("return", late)),
+        ("import torch\n", "import torch\nfrom lightning_fabric.utilities.exceptions import *\n"),
+        enable_checkpointing=False,
+    )
+    result = lab.train(lab.path)
+    assert result.code == ExitCode.CODE_FAILED
+    assert lab.run().state == "failed"
+
+
+def test_the_steps_for_a_datamodules_data_are_demanded_before(lab: Lab) -> None:
+    """A datamodule with test data and a module without `test_step` is refused at once."""
+    own(
+        lab, ("    def val_dataloader", "    test_dataloader = train_dataloader\n\n    def val_dat")
+    )
+    text = (lab.folder / "__main__.py").read_text().replace("def val_dataloader", "def val_x")
+    lab.write("__main__.py", text)
+    result = lab.train(lab.path)
+    assert result.code == ExitCode.USAGE
+    assert "defines no test_step" in result.err
+    assert not lab.runs
+
+
+def test_a_datamodules_samples_are_named_too(lab: Lab) -> None:
+    """Whatever loaders it returns; and `--debug` takes their workers away."""
+    own(
+        lab,
+        ("return torch.full", "if index == 5: raise OSError('gone')\n        return torch.full"),
+        ("WORKERS = 0", "WORKERS = 2"),
+    )
+    result = lab.train(lab.path, "--no-validate", "--debug")
+    assert result.code == ExitCode.CODE_FAILED
+    assert "in sample 5 of Numbers" in result.err
+    assert "worker process" not in result.err
+
+
+def test_ranks_that_disagree_on_the_score_do_not_hang(lab: Lab) -> None:
+    """A value logged without `sync_dist` differs between ranks: that of rank zero decides."""
+    own(lab, accelerator="cpu", devices=2, strategy="ddp")
+    result = lab.command("train", lab.path)
+    assert result.code == 0, result.err
+    assert lab.run().sidecar("best")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_a_nan_on_another_rank_is_told(lab: Lab, strategy: str) -> None:
+    """Exit 4 and the reason, though rank zero itself saw none."""
+    own(
+        lab,
+        (
+            STEP,
+            STEP.replace(
+                "\n\n", " * (float('nan') if (self.global_rank, batch_idx) == (1, 1) else 1)\n\n"
+            ),
+        ),
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+    )
+    result = lab.command("train", lab.path)
+    assert result.code == ExitCode.NON_FINITE, result.err
+    assert "error: the training loss is NaN at step 1" in result.err
+    assert lab.run().state == "failed"
+    assert "NaN" in (lab.run().record.reason or "")
+
+
+SLOW = (
+    CONFIG.replace("batch_size=8, **kwargs)", "batch_size=8, num_workers=2, **kwargs)")
+    .replace(
+        "def train_config",
+        "import time\nimport pytorch_lightning as pl\n\n"
+        "class Slow(pl.Callback):\n"
+        "    def on_train_batch_end(self, *args):\n"
+        "        print('trained', flush=True)\n        time.sleep(0.2)\n\n"
+        "def train_config",
+    )
+    .replace('"module": module', '"callbacks": [Slow()], "module": module')
+)
+
+
+def started(lab: Lab, **kwargs: object) -> subprocess.Popen[str]:
+    """Start a slow training, and wait until it has trained a batch."""
+    lab.write("__main__.py", SLOW)
+    lab.hparams("hparams", {"trainer": {"init": {"max_epochs": 3}}})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch_lab", "train", lab.path],
+        cwd=lab.root,
+        env=lab.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,  # type: ignore[call-overload]
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "trained\n"
+    return process
+
+
+def test_ctrl_c_reaches_workers_and_stops_the_run_once(lab: Lab) -> None:
+    """A terminal signals the whole group: no traceback of a worker, and what was logged is kept."""
+    process = started(lab, process_group=0)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPT, err
+    assert err.count("stopped by SIGINT") == 1 and "Traceback" not in err
+    run = lab.run()
+    assert run.state == "stopped"
+    assert run.metrics.keys() <= {"loss/train", "loss/validate"}
+
+
+def test_nohup_is_honoured(lab: Lab) -> None:
+    """A signal that the process was started to ignore stays ignored."""
+    process = started(lab, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert lab.run().state == "completed"
+
+
+def test_misuse_of_lightning_in_user_code_keeps_its_traceback(lab: Lab) -> None:
+    """What Lightning raises in the user's own step is no mistake in the hparams."""
+    own(
+        lab,
+        (
+            STEP,
+            STEP.replace("return", "self.log('x', torch.ones(3))\n        return"),
+        ),
+    )
+    result = lab.train(lab.path)
+    assert result.code == ExitCode.CODE_FAILED
+    assert "self.log('x', torch.ones(3))" in result.err
+
+
+def test_a_combined_loader_trains(lab: Lab) -> None:
+    """Lightning's CombinedLoader serves, and an empty one in it is named."""
+    lab.write(
+        "__main__.py",
+        OWN.replace(
+            '{"module": Net(), "datamodule": Data()}',
+            '{"module": Net(), "train_dataloaders": CombinedLoader([DataLoader('
+            'Numbers() if hparams["config"]["full"] else [])])}',
+        )
+        .replace("import torch\n", "import torch\nfrom pytorch_lightning.utilities import *\n")
+        .replace("self.layer(batch)", "self.layer(batch[0])"),
+    )
+    trainer = {"init": {"max_epochs": 1}}
+    full = lab.hparams("full", {"config": {"full": True}, "trainer": trainer})
+    empty = lab.hparams("empty", {"config": {"full": False}, "trainer": trainer})
+    assert lab.train(full).code == 0
+    assert "train_dataloaders[0] over an empty dataset" in lab.train(empty).err
+
+
+def test_a_monitor_is_looked_for_without_a_baseline_too(lab: Lab) -> None:
+    """What nothing logs in the first epoch is said after it."""
+    own(lab)
+    lab.hparams("typo", {"config": {"monitor": "zzz"}, "trainer": {"init": {"max_epochs": 2}}})
+    result = lab.train(lab.folder / "typo.py", "--no-validate")
+    assert result.err.count("nothing logged zzz in the first epoch: there is no best") == 1
+
+
+def test_a_metric_of_training_alone_may_have_any_name(lab: Lab) -> None:
+    """A module of the user's own may log it as it likes."""
+    own(
+        lab,
+        (
+            STEP,
+            STEP.replace("return", "self.log('energy', self.layer(batch).mean())\n        return"),
+        ),
+    )
+    lab.hparams("energy", {"config": {"monitor": "energy"}, "trainer": {"init": {"max_epochs": 1}}})
+    assert lab.train(lab.folder / "energy.py").code == 0
+    assert lab.run().sidecar("best")
+
+
+def test_an_infinite_score_is_never_the_best(lab: Lab) -> None:
+    """Nor does it spoil the JSON of the closing record."""
+    own(lab, ("* (1 + self.global_rank))", "* float('inf'))"))
+    result = lab.train(lab.path, "--json")
+    assert result.code == 0, result.err
+    record = json.loads(result.out, parse_constant=pytest.fail)
+    assert record["best"] is None and record["metrics"]["val_loss"] is None
+    assert lab.run().metrics["val_loss"] == float("inf")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_networks_take_weights(lab: Lab) -> None:
+    """The names of the bare network are found behind those of `torch.compile`."""
+    lab.train(lab.path)
+    compiled = torch.compile(torch.nn.Linear(4, 2))
+    torch_lab.load_weights(compiled, "00_toy-hparams")
+    saved = torch.load(lab.run().checkpoint("last"), weights_only=True)["state_dict"]
+    assert torch.equal(compiled._orig_mod.weight, saved["weight"])
+
+
+def test_weights_are_found_from_any_directory(
+    lab: Lab, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load_weights` in `infer_config` means runs of the script's own project."""
+    lab.train(lab.path)
+    lab.config(
+        '"module": LabModule(torch.nn.Linear(4, 2)),',
+        '"module": LabModule(__import__("torch_lab").load_weights('
+        "torch.nn.Linear(4, 2), arguments[0])),",
+    )
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    result = lab.infer(lab.path, "00_toy-hparams")
+    assert result.code == 0, result.err
+
+
+def test_files_of_lightnings_own_requeueing_are_left_alone(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a job left in the artifacts is not taken for a state of every later run."""
+    lab.train(lab.path)
+    foreign = lab.root / "data" / "artifacts" / "hpc_ckpt_1.ckpt"
+    foreign.write_bytes(lab.run().checkpoint("last").read_bytes())
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "1" if name == "SLURM_NTASKS" else "0")
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    lab.hparams("more", {"trainer": {"init": {"max_epochs": 1}}})
+    assert lab.train(lab.folder / "more.py").code == 0
+    (run,) = (run for run in map(torch_lab.runs.Run.read, _folders(lab)) if "more" in run.name)
+    assert run.sidecar("last")["step"] == 4
+
+
+def _folders(lab: Lab) -> list[Path]:
+    return [path for path in (lab.root / "data" / "artifacts").iterdir() if path.is_dir()]
+
+
+def test_a_closed_pipe_does_not_fail_a_run(lab: Lab) -> None:
+    """`train … | head` completes."""
+    command = f"{sys.executable} -m torch_lab train {lab.path} | true"
+    subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=lab.root, check=True)
+    assert lab.run().state == "completed"
+
+
+def test_a_terminal_without_unicode_shows_what_it_can(lab: Lab) -> None:
+    """Letters that it has not are escaped."""
+    folder = lab.folder.with_name("01_größer")
+    lab.folder.rename(folder)
+    result = lab.command("train", folder / "hparams.py", PYTHONIOENCODING="ascii")
+    assert result.code == 0, result.err
+    assert "01_gr\\xf6\\xdfer-hparams-v1 completed" in result.out
+
+
+def test_imported_siblings_are_among_the_sources(lab: Lab) -> None:
+    """What the scripts import from beside them is kept with them."""
+    lab.write("rates.py", "RATE = 0.5")
+    lab.write("hparams.py", "from rates import RATE\nhparams = {'config': {'lr': RATE}}")
+    assert lab.train(lab.path, "--dev-run", "1").code == 0
+    sources = {path.name for path in (lab.run().folder / "sources").rglob("*.py")}
+    assert sources == {"__main__.py", "hparams.py", "rates.py"}
+
+
+def test_a_dev_run_drops_the_users_checkpoints_too(lab: Lab) -> None:
+    """`enable_checkpointing: False` holds for every callback that writes checkpoints."""
+    own(
+        lab,
+        (
+            '"datamodule": Data()',
+            '"datamodule": Data(), "callbacks": [pl.callbacks.ModelCheckpoint()]',
+        ),
+    )
+    assert lab.train(lab.path, "--dev-run", "1").code == 0
+    assert not list(lab.run().folder.rglob("*.ckpt"))
+
+
+INIT = {
+    "text": ({"max_epochs": "3"}, "trainer.init.max_epochs must be a whole number, not '3' (str)"),
+    "float": ({"max_steps": 1.5}, "trainer.init.max_steps must be a whole number"),
+    "accumulate": ({"accumulate_grad_batches": "a"}, "accumulate_grad_batches must be a whole"),
+    "callback": ({"callbacks": [3]}, "trainer.init.callbacks has a int"),
+    "barebones": ({"barebones": True}, "trainer.init.barebones is not yours to set"),
+}
+
+
+@pytest.mark.parametrize("name", INIT)
+def test_odd_values_for_the_trainer_are_refused(lab: Lab, name: str) -> None:
+    """Before anything is created."""
+    init, part = INIT[name]
+    lab.hparams("hparams", {"trainer": {"init": init}})
+    result = lab.train(lab.path)
+    assert result.code == ExitCode.USAGE
+    assert part in result.err
+    assert not lab.runs
+
+
+def test_scripts_with_odd_names_are_themselves(lab: Lab) -> None:
+    """`a#1.py` is not the second run of `a.py`, and a module comes before a package."""
+    lab.write("a.py", "hparams = {'config': {'lr': 1.0}}")
+    lab.write("a#1.py", "hparams = {'config': {'lr': 2.0}}")
+    lab.write("a/__init__.py", "hparams = {'config': {'lr': 3.0}}")
+    from torch_lab.utils import import_script_as_module
+
+    for name, rate in (("a.py", 1.0), ("a#1.py", 2.0), ("a.py", 1.0)):
+        module = import_script_as_module(lab.folder / name)
+        assert module.hparams["config"]["lr"] == rate
