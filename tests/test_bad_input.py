@@ -154,6 +154,12 @@ def test_a_missing_config_script_is_named(lab: Lab) -> None:
     refused(lab, lab.train(lab.path), "00_toy has no __main__.py beside hparams.py")
 
 
+def test_a_config_function_that_is_none_is_named(lab: Lab) -> None:
+    """A name that holds something else is said so."""
+    lab.write("__main__.py", "train_config = 3")
+    refused(lab, lab.train(lab.path), "train_config is no function: 3")
+
+
 @pytest.mark.parametrize("command", ["train", "infer"])
 def test_a_missing_config_function_is_named(lab: Lab, command: str) -> None:
     """A config script without the function is named, with what it has instead."""
@@ -193,6 +199,17 @@ RETURNED: dict[str, tuple[str, str, list[str]]] = {
         '"callbacks": [print], "module": module',
         ["callbacks[0] as builtin_function_or_method; expected a Callback"],
     ),
+    "a dataset": (
+        '"train_dataloaders": loader(32, 1, shuffle=True)',
+        '"train_dataloaders": loader(32, 1).dataset',
+        ["train_dataloaders as TensorDataset; expected a DataLoader"],
+    ),
+    "numbers": (
+        '"train_dataloaders": loader(32, 1, shuffle=True)',
+        '"train_dataloaders": [1, 2]',
+        ["train_dataloaders[0] as int; expected a DataLoader"],
+    ),
+    "a signature": ("train_config(hparams)", "train_config()", ["train_config(): too many"]),
     "a datamodule": (
         '"module": module',
         '"datamodule": module, "module": module',

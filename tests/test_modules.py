@@ -220,24 +220,28 @@ def test_every_epoch_starts_anew() -> None:
 
 
 def test_the_training_loss_is_logged_at_the_trainers_steps() -> None:
-    """`loss/train` is in the log every `log_every_n_steps`, metrics once an epoch."""
+    """`loss/train_step` is in the log every `log_every_n_steps`, the rest once an epoch."""
     logger = Recording()
     trained = module(metrics={"f1": MulticlassF1Score(3)})
     fitted(trained, logger=logger, log_every_n_steps=2, max_epochs=2)
-    assert logger.steps("loss/train") == [1, 3, 5]
-    assert logger.steps("f1/train") == [2, 5]
+    assert logger.steps("loss/train_step") == [1, 3, 5]
+    assert logger.steps("loss/train") == logger.steps("f1/train") == [2, 5]
     assert logger.steps("loss/validate") == logger.steps("f1/validate") == [2, 5]
 
 
-def test_the_last_training_loss_can_be_monitored() -> None:
-    """A callback that watches `loss/train` finds that of the epoch's last batch."""
+def test_the_training_loss_is_the_mean_of_the_epoch() -> None:
+    """`loss/train` weighs every sample the same, also those of a last, smaller batch."""
     losses: list[Tensor] = []
+    sizes: list[int] = []
 
     class Keep(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
             losses.append(args[2]["loss"])
+            sizes.append(len(args[3][0]))
 
-    assert fitted(module(), callbacks=[Keep()]).callback_metrics["loss/train"] == losses[-1]
+    logged = fitted(module(), callbacks=[Keep()]).callback_metrics["loss/train"]
+    mean = (torch.stack(losses) * torch.tensor(sizes)).sum() / sum(sizes)
+    torch.testing.assert_close(logged, mean)
 
 
 def test_a_loss_of_parts_is_their_mean_and_each_is_logged() -> None:

@@ -191,6 +191,80 @@ def test_ctrl_c_reaches_workers_and_stops_the_run_once(lab: Lab) -> None:
     assert run.metrics.keys() <= {"loss/train", "loss/validate"}
 
 
+def test_sigterm_ends_all_processes_of_a_run(lab: Lab) -> None:
+    """Told to rank zero alone, it reaches the others; nothing hangs, nothing is left."""
+    lab.write("__main__.py", SLOW)
+    init = {"max_epochs": 50, "accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    lab.hparams("hparams", {"trainer": {"init": init}})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch_lab", "train", lab.path],
+        cwd=lab.root,
+        env=lab.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    assert process.stdout is not None
+    for _ in range(4):
+        assert process.stdout.readline() == "trained\n"
+    process.send_signal(signal.SIGTERM)
+    # It reads to the end of the pipes, which every process of the run holds open.
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.TERMINATED, err
+    assert lab.run().state == "stopped"
+
+
+def test_a_rank_without_a_strategy_is_told_so(lab: Lab) -> None:
+    """Several processes of one launcher that each train alone would write the same things."""
+    result = lab.command("train", lab.path, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert result.code == ExitCode.USAGE
+    assert "this is process 1 of several that were started together" in result.err
+    assert not (lab.root / "data").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(lab: Lab) -> None:
+    """One line, before anything is trained."""
+    (lab.root / "data").write_text("a file, not a folder")
+    result = lab.train(lab.path)
+    assert result.code == ExitCode.USAGE
+    assert "cannot create a run in data/artifacts: " in result.err
+    assert "TORCH_LAB_ROOT moves it" in result.err
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before(lab: Lab) -> None:
+    """Also when training would go on in full."""
+    lab.train(lab.path)
+    lab.config(
+        "torch.nn.Linear(4, 2),\n        torch.nn.Cross",
+        "torch.nn.Linear(4, 3),\n        torch.nn.Cross",
+    )
+    checkpoint = {"checkpoint_task_id": "00_toy-hparams"}
+    lab.hparams("more", {"checkpoint": checkpoint, "trainer": {"init": {"max_epochs": 9}}})
+    result = lab.train(lab.folder / "more.py")
+    assert result.code == ExitCode.USAGE
+    assert "weight has the shape (2, 4), not (3, 4)" in result.err
+    assert len(lab.runs) == 1
+
+
+def test_the_best_of_the_last_epoch_leaves_nothing_to_train(lab: Lab) -> None:
+    """It was written before the epoch's end, but all of the epoch was trained."""
+    lab.train(lab.path)
+    checkpoint = {"checkpoint_task_id": "00_toy-hparams", "checkpoint_name": "best"}
+    lab.hparams("more", {"checkpoint": checkpoint, "trainer": {"init": {"max_epochs": 2}}})
+    result = lab.train(lab.folder / "more.py")
+    assert result.code == ExitCode.USAGE
+    assert "has trained 2 epochs" in result.err
+
+
+def test_json_is_alone_on_stdout(lab: Lab) -> None:
+    """What the user's code prints goes to stderr, so that a program can read the record."""
+    lab.config("    module = TrainLabModule(", "    print('hello')\n    module = TrainLabModule(")
+    result = lab.train(lab.path, "--json")
+    assert json.loads(result.out)["state"] == "completed"
+    assert "hello" in result.err
+
+
 def test_nohup_is_honoured(lab: Lab) -> None:
     """A signal that the process was started to ignore stays ignored."""
     process = started(lab, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))

@@ -360,7 +360,7 @@ def test_a_dev_run_overfits(lab: Lab, size: str) -> None:
     assert not run.checkpoints_folder.exists()
     assert run.hparams["task"]["project_name"] == "test"
     assert run.hparams["config"]["num_workers"] == 0
-    assert [step for step, _ in scalars(run)["loss/train"]] == list(range(2 * batches))
+    assert [step for step, _ in scalars(run)["loss/train_step"]] == list(range(2 * batches))
 
 
 def test_a_dev_run_ends_after_100_epochs_unless_told(lab: Lab) -> None:

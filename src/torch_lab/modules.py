@@ -106,11 +106,11 @@ class LabModule(pl.LightningModule):
 class TrainLabModule(LabModule):
     """A network that trains: with a loss, an optimizer, and metrics.
 
-    Logged are `loss/train` at the steps that the trainer logs (and the last one of an epoch), and
-    at the end of every epoch `loss/validate`, `loss/test` and `<metric>/<stage>` of every metric
-    whose value is a scalar. Other values are there for callbacks to plot, in `metrics`, until the
-    module's own `on_<stage>_epoch_end`. Values of an epoch are exact over samples of all batches,
-    loaders and processes, whatever the batches' sizes.
+    Logged are `loss/train_step`, of single batches, at the steps that the trainer logs; and at the
+    end of every epoch, for the stages train, validate and test, `loss/<stage>`, and
+    `<metric>/<stage>` of each metric with a scalar value. Other values are for callbacks to plot,
+    in `metrics`, until the module's own `on_<stage>_epoch_end`. Values of an epoch are exact over
+    samples of all batches, loaders and processes, whatever the batches' sizes.
 
     Args:
         model: The network, called with `x`.
@@ -208,7 +208,7 @@ class TrainLabModule(LabModule):
         return self._step("test", batch)
 
     def on_train_epoch_end(self) -> None:
-        """Log the metrics of the epoch."""
+        """Log the losses and metrics of the epoch."""
         self._log_epoch("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -232,10 +232,9 @@ class TrainLabModule(LabModule):
         y_pred = self(x)
         losses = self._losses(y_pred, y)
         size = batch_size(y, x)
+        self._epoch_losses.setdefault(stage, _Means()).add(losses, size)
         if stage == "train":
             self._log_step(losses, size)
-        else:
-            self._epoch_losses.setdefault(stage, _Means()).add(losses, size)
         if metrics := self.metrics[stage]:
             metrics.update(_detached(y_pred), y)
         return losses["loss"]
@@ -261,10 +260,9 @@ class TrainLabModule(LabModule):
         trainer = self._trainer
         if trainer is None or not trainer.training:  # A step that is tried out by hand.
             return
-        # Not every step: `self.log` takes as long as a small network's forward pass. The last one
-        # of an epoch is for callbacks that watch `loss/train`.
-        if trainer.is_last_batch or trainer._logger_connector.should_update_logs:
-            values = {f"{name}/train": value for name, value in losses.items()}
+        # Not every step: `self.log` takes as long as a small network's forward pass.
+        if trainer._logger_connector.should_update_logs:
+            values = {f"{name}/train_step": value for name, value in losses.items()}
             self.log_dict(values, on_step=True, on_epoch=False, batch_size=size)
 
     def _log_epoch(self, stage: Stage) -> None:

@@ -170,7 +170,7 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
             run.write_sources(experiment.root, experiment.scripts, training.code.changes)
             yield
     except BaseException as raised:
-        error = failure_elsewhere(run) or raised
+        error = failure_elsewhere(run, raised) or raised
         if isinstance(error, UserError) and not training.has_trained:
             run.discard()
             raise error from None

@@ -63,7 +63,7 @@ def project_root(start: Path | None = None) -> Path:
     if override := os.environ.get("TORCH_LAB_ROOT"):
         return Path(override).expanduser().resolve()
     for folder in (start, *start.parents):
-        if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
+        if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
             return folder
     return Path.cwd()
 

@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing.util
 import os
+import re
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from torch_lab import errors
 from torch_lab.callbacks import EpochProgress, MetricPlots, NanMonitor
@@ -319,15 +321,23 @@ class _Process(pl.Callback):
             self.console.attach(self.run.console_log)
 
 
-def failure_elsewhere(run: Run) -> TorchLabError | None:
-    """Return the error of ours that ended another process of `run`, if one did."""
+def failure_elsewhere(run: Run, seen_here: BaseException) -> TorchLabError | None:
+    """Return the error of ours that ended another process of `run`, if one did.
+
+    Args:
+        run: The run that failed.
+        seen_here: What this process saw of it. Of spawned processes it holds the traceback.
+    """
     file = run.folder / _FAILURE
-    if not file.is_file():
-        return None
-    told = json.loads(file.read_text(encoding="utf-8"))
-    file.unlink()
-    error: TorchLabError = getattr(errors, told["type"])(*told["arguments"])
-    return error
+    if file.is_file():
+        told = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        error: TorchLabError = getattr(errors, told["type"])(*told["arguments"])
+        return error
+    if isinstance(seen_here, ProcessRaisedException):
+        last = re.search(r"^torch_lab\.errors\.(\w+): (.+)$", str(seen_here), re.MULTILINE)
+        return getattr(errors, last[1])(last[2]) if last else None
+    return None
 
 
 def leave_process_group() -> None:

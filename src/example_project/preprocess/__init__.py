@@ -5,25 +5,14 @@ Every data set becomes MNIST's four IDX files in a folder of its own below `data
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torch_lab.errors import UserError
+from torch_lab.runs import project_root
 
-__all__ = ["processed_folder", "project_root", "run_as_script"]
-
-
-def project_root() -> Path:
-    """Return `$TORCH_LAB_ROOT`, else the project around the working directory, else that itself."""
-    if root := os.environ.get("TORCH_LAB_ROOT"):
-        return Path(root).expanduser().resolve()
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
-            return folder
-    return here
+__all__ = ["processed_folder", "run_as_script"]
 
 
 def processed_folder(name: str) -> Path:

@@ -131,7 +131,9 @@ def _bad_parts(trainer: pl.Trainer) -> list[str]:
     results = trainer._results
     logged = {} if results is None else results.metrics(on_step=True)["callback"]
     return [
-        name for name, value in logged.items() if name != "loss/train" and not _is_finite(value)
+        name.removesuffix("_step")
+        for name, value in logged.items()
+        if not name.startswith("loss/train") and not _is_finite(value)
     ]
 
 

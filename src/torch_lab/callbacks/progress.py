@@ -407,9 +407,9 @@ def _steps_in_epoch(trainer: pl.Trainer, done: int) -> float:
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalars, losses first, without Lightning's `x_step` and `x_epoch` of an `x`."""
-    forks = {f"{name}{suffix}" for name in metrics for suffix in ("_step", "_epoch")}
-    names = [name for name in metrics if name not in forks]
+    """Return the scalars, losses first, without `x_step` of a batch and `x_epoch` of an `x`."""
+    forks = {f"{name}_epoch" for name in metrics}
+    names = [name for name in metrics if name not in forks and not name.endswith("_step")]
     names.sort(key=lambda name: (name.split("/")[0] != "loss", "loss" not in name))
     return {name: float(metrics[name]) for name in names if torch.numel(metrics[name]) == 1}
 
