@@ -126,6 +126,12 @@ class Lab:
     def environment(self, **variables: str) -> dict[str, str]:
         return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
+    def start(self, *words: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start `python -m torch_lab` with `words`, its streams piped; `options` are Popen's."""
+        command = [sys.executable, "-m", "torch_lab", *map(str, words)]
+        defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.environment()}
+        return subprocess.Popen(command, cwd=self.root, text=True, **{**defaults, **options})
+
     def command(self, *words: str | Path, **variables: str) -> Result:
         """Run `python -m torch_lab` with `words` in a process of its own."""
         done = subprocess.run(

@@ -109,13 +109,8 @@ def test_slurm_starts_one_run(pair: Lab) -> None:
         "MASTER_ADDR": "127.0.0.1",
     }
     tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch_lab", "train", pair.path],
-            cwd=pair.root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=pair.environment(**job, SLURM_PROCID=rank, SLURM_LOCALID=rank),
+        pair.start(
+            "train", pair.path, env=pair.environment(**job, SLURM_PROCID=rank, SLURM_LOCALID=rank)
         )
         for rank in ("0", "1")
     ]

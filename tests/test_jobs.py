@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -59,18 +58,6 @@ def paths(lab: Lab, *names: str) -> list[str]:
     return [
         str(lab.hparams(name, {"config": {"name": name}, "trainer": trainer})) for name in names
     ]
-
-
-def started(lab: Lab, *words: str) -> subprocess.Popen[str]:
-    """Start a command."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch_lab", *words],
-        cwd=lab.root,
-        env=lab.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def wait_for(path: Path) -> None:
@@ -183,9 +170,7 @@ def test_ctrl_c_in_a_terminal_stops_the_run(lab: Lab) -> None:
 
 def test_a_signal_ends_all_jobs_and_starts_no_more(lab: Lab) -> None:
     """The children are told once, and the job that waits for a device starts nothing."""
-    process = started(
-        lab, "train", *paths(lab, "slow", "slow_too"), "--jobs", "2", "--devices", "0"
-    )
+    process = lab.start("train", *paths(lab, "slow", "slow_too"), "--jobs", "2", "--devices", "0")
     wait_for(lab.root / "waits")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -196,7 +181,7 @@ def test_a_signal_ends_all_jobs_and_starts_no_more(lab: Lab) -> None:
 
 def test_a_second_signal_leaves_no_process_behind(lab: Lab) -> None:
     """One that does not end when it is told is killed."""
-    process = started(lab, "train", *paths(lab, "stubborn", "a"))
+    process = lab.start("train", *paths(lab, "stubborn", "a"))
     wait_for(lab.root / "waits")
     process.send_signal(signal.SIGTERM)
     wait_for(lab.root / "told")

@@ -165,15 +165,7 @@ def started(lab: Lab, **kwargs: object) -> subprocess.Popen[str]:
     """Start a slow training, and wait until it has trained a batch."""
     lab.write("__main__.py", SLOW)
     lab.hparams("hparams", {"trainer": {"init": {"max_epochs": 3}}})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch_lab", "train", lab.path],
-        cwd=lab.root,
-        env=lab.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,  # type: ignore[call-overload]
-    )
+    process = lab.start("train", lab.path, **kwargs)
     assert process.stdout is not None
     assert process.stdout.readline() == "trained\n"
     return process
@@ -196,15 +188,7 @@ def test_sigterm_ends_all_processes_of_a_run(lab: Lab) -> None:
     lab.write("__main__.py", SLOW)
     init = {"max_epochs": 50, "accelerator": "cpu", "devices": 2, "strategy": "ddp"}
     lab.hparams("hparams", {"trainer": {"init": init}})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch_lab", "train", lab.path],
-        cwd=lab.root,
-        env=lab.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
+    process = lab.start("train", lab.path, process_group=0)
     assert process.stdout is not None
     for _ in range(4):
         assert process.stdout.readline() == "trained\n"

@@ -498,14 +498,7 @@ class Slow(pl.Callback):
 """,
     )
     lab.hparams("hparams", {"trainer": {"init": {"max_epochs": 100}}})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch_lab", "train", lab.path],
-        cwd=lab.root,
-        env=lab.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = lab.start("train", lab.path)
     assert process.stdout is not None
     assert process.stdout.readline() == "trained\n"
     process.send_signal(getattr(signal, name))
@@ -534,14 +527,7 @@ class Stubborn(pl.Callback):
         time.sleep(60)
 """,
     )
-    with subprocess.Popen(
-        [sys.executable, "-m", "torch_lab", "train", lab.path],
-        cwd=lab.root,
-        env=lab.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
+    with lab.start("train", lab.path, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         for word in ("trained\n", "ending\n"):
             assert process.stdout.readline() == word
