@@ -116,6 +116,10 @@ PATHS: dict[str, tuple[Callable[[Lab], str], list[str]]] = {
         lambda lab: str(lab.write("broken.py", "hparams = {\n    'a': 1,,\n}\n")),
         ["broken.py:2: invalid syntax", "'a': 1,,", "       ^"],
     ),
+    "null byte": (
+        lambda lab: str(lab.write("null.py", "hparams = {}\0")),
+        ["null.py: source code string cannot contain null bytes"],
+    ),
     "circle": (
         lambda lab: str(
             lab.write(
@@ -134,7 +138,7 @@ PATHS: dict[str, tuple[Callable[[Lab], str], list[str]]] = {
                 "import_script_as_module('hparam.py')",
             )
         ),
-        ["hparam.py: no such script"],
+        ["hparam.py: no such script (imported by ", "layer.py); did you mean hparams.py?"],
     ),
 }
 

@@ -98,9 +98,9 @@ def test_jobs_run_side_by_side_on_devices_dealt_out(lab: Lab) -> None:
     words = [*paths(lab, "a", "b"), "--devices", "0", "1", "--json"]
     result = lab.command("train", *words, CUDA_VISIBLE_DEVICES="2, 3")
     assert result.code == ExitCode.DONE, result.err
-    lines = result.out.splitlines()
-    assert {line.split()[1] for line in lines if line.startswith("device")} == {"2", "3"}
-    records = [json.loads(line) for line in lines if line.startswith("{")]
+    said = [run.console_log.read_text().splitlines()[0] for run in lab.runs]
+    assert {line.split()[1] for line in said} == {"2", "3"}
+    records = [json.loads(line) for line in result.out.splitlines()]
     assert {record["run"] for record in records} == {"00_toy-a-v1", "00_toy-b-v1"}
     assert "completed" in result.err
 

@@ -6,12 +6,14 @@ import pickle
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torch_lab.datasets import ArrayDataset, BaseDataset
-from torch_lab.loaders import name_failing_samples, without_workers
+from torch_lab.loaders import prepare_datamodule, prepare_loaders
 
 
 class Numbers(Dataset[int]):
@@ -74,8 +76,8 @@ DATASETS: list[Dataset[Any]] = [
 def test_a_failing_sample_is_named_once(dataset: Dataset[Any]) -> None:
     """The exception keeps its type, and says which sample of which dataset it was."""
     loader = DataLoader(dataset, batch_size=5)
-    name_failing_samples(loader)
-    name_failing_samples(loader)
+    prepare_loaders(loader, debug=False)
+    prepare_loaders(loader, debug=False)
     with pytest.raises(OSError, match="gone") as error:
         list(loader)
     name = type(dataset).__name__
@@ -86,7 +88,7 @@ def test_a_failing_sample_is_named_once(dataset: Dataset[Any]) -> None:
 def test_a_batch_whose_samples_are_good_names_none() -> None:
     """What fails only together is not blamed on one."""
     loader = DataLoader(Moody(), batch_size=5)
-    name_failing_samples(loader)
+    prepare_loaders(loader, debug=False)
     with pytest.raises(OSError, match="gone") as error:
         list(loader)
     assert not hasattr(error.value, "__notes__")
@@ -95,11 +97,14 @@ def test_a_batch_whose_samples_are_good_names_none() -> None:
 def test_the_dataset_is_what_it_was() -> None:
     """Length, attributes and items are those of the user's dataset, also after pickling."""
     loader = DataLoader(Numbers(), batch_size=5)
-    name_failing_samples(loader)
+    prepare_loaders(loader, debug=False)
     for dataset in (loader.dataset, pickle.loads(pickle.dumps(loader.dataset))):
         assert len(dataset) == 10
         assert dataset.name == "numbers"
         assert dataset[3] == 3
+        assert isinstance(dataset, Numbers)
+        dataset.handle = "open"
+        assert vars(dataset.dataset)["handle"] == "open"
         with pytest.raises(AttributeError):
             dataset.other  # noqa: B018
 
@@ -121,13 +126,31 @@ def test_loaders_are_found_in_containers_and_streams_left_alone() -> None:
         CombinedLoader([loaders[3]]),
         None,
     ]
-    name_failing_samples(given)
-    without_workers(given)
+    assert prepare_loaders(given, debug=True) is given
     for loader in loaders:
-        assert type(loader.dataset) is not Numbers
+        assert isinstance(loader.dataset, Numbers) and type(loader.dataset) is not Numbers
         assert loader.num_workers == 0
     assert type(stream.dataset) is Stream
     assert [int(x) for x in stream] == [0, 1, 2, 3]
+
+
+class Data(pl.LightningDataModule):
+    """Makes its loaders when they are asked for."""
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(Numbers(), num_workers=2)
+
+
+def test_loaders_of_a_datamodule_are_prepared_when_it_makes_them() -> None:
+    """It can still be pickled, and overrides what it overrode."""
+    datamodule = Data()
+    prepare_datamodule(datamodule, debug=True)
+    for each in (datamodule, pickle.loads(pickle.dumps(datamodule))):
+        loader = each.train_dataloader()
+        assert loader.num_workers == 0
+        assert type(loader.dataset) is not Numbers
+    assert is_overridden("train_dataloader", datamodule, pl.LightningDataModule)
+    assert not is_overridden("val_dataloader", datamodule, pl.LightningDataModule)
 
 
 def test_loaders_without_workers_still_work() -> None:
@@ -139,5 +162,5 @@ def test_loaders_without_workers_still_work() -> None:
         prefetch_factor=4,
         timeout=5,
     )
-    without_workers(loader)
+    prepare_loaders(loader, debug=True)
     assert [int(x) for x in loader] == [0, 1, 2, 3]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torch_lab.components import each_loader
@@ -37,9 +38,10 @@ def prepare_loaders(given: Any, *, debug: bool) -> Any:
 def prepare_datamodule(datamodule: pl.LightningDataModule, *, debug: bool) -> None:
     """Do the same to whatever loaders `datamodule` will return."""
     for hook in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        # Of the class, not bound: a bound method could not be pickled from its own instance.
-        function = getattr(type(datamodule), hook)
-        setattr(datamodule, hook, functools.partial(_prepared, function, datamodule, debug))
+        if is_overridden(hook, datamodule, pl.LightningDataModule):
+            # Of the class, not bound: a bound method cannot be pickled from its own instance.
+            function = getattr(type(datamodule), hook)
+            setattr(datamodule, hook, functools.partial(_prepared, function, datamodule, debug))
 
 
 def _prepared(function: Callable[[Any], Any], datamodule: Any, debug: bool) -> Any:

@@ -178,7 +178,7 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # After an error of the device it may not answer.
             training.keep_metrics()
         state = "stopped" if isinstance(error, Interrupted) else "failed"
-        run.close(state, training.metrics, reason=f"{type(error).__name__}: {error}")
+        run.close(state, training.metrics, reason=_reason(error))
         console.header(closing_rows(run))
         if isinstance(error, Interrupted) and (launcher := training.trainer.strategy.launcher):
             launcher.kill(error.signum)
@@ -189,6 +189,13 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
         run.close("completed", training.metrics)
     finally:
         training.logger.close()
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong in a line; the message of a worker's error is a whole traceback."""
+    lines = str(error).strip().splitlines()
+    first_and_last = dict.fromkeys([*lines[:1], *lines[-1:]])
+    return f"{type(error).__name__}: {' … '.join(line.strip() for line in first_and_last)}"
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def import_script_as_module(path: str | Path) -> ModuleType:
     try:
         module = importlib.import_module(_unused_name(script))
     except SyntaxError as error:
-        raise _syntax_error(error) from error
+        raise _syntax_error(error, script) from error
     finally:
         _layers.reset(outer)
     layers.append(Layer(script, copied(getattr(module, "hparams", None))))
@@ -156,8 +156,9 @@ def _shortest(path: Path) -> str:
     return str(path)
 
 
-def _syntax_error(error: SyntaxError) -> ScriptError:
-    where = f"{_shortest(Path(error.filename))}:{error.lineno}" if error.filename else "script"
+def _syntax_error(error: SyntaxError, script: Path) -> ScriptError:
+    where = _shortest(Path(error.filename or script))
+    where += f":{error.lineno}" if error.lineno else ""
     line = (error.text or "").rstrip("\n")
     indent = len(line) - len(line.lstrip())
     caret = " " * max((error.offset or 1) - 1 - indent, 0) + "^"

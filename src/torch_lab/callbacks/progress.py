@@ -191,7 +191,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
             return
         if trainer.state.fn == "validate":
             self._keep_evaluation(trainer, _validation_name(trainer))
-        elif not trainer.is_last_batch:
+        elif not (trainer.is_last_batch or trainer.should_stop):
             self._keep_epoch(trainer, self._epoch_so_far(trainer))
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
