@@ -103,8 +103,8 @@ def test_the_dataset_is_what_it_was() -> None:
         assert dataset.name == "numbers"
         assert dataset[3] == 3
         assert isinstance(dataset, Numbers)
-        dataset.handle = "open"
-        assert vars(dataset.dataset)["handle"] == "open"
+        dataset.name = "renamed"
+        assert dataset.dataset.name == "renamed"
         with pytest.raises(AttributeError):
             dataset.other  # noqa: B018
 

@@ -216,6 +216,22 @@ def test_a_folder_that_cannot_be_written_is_said(lab: Lab) -> None:
     assert "TORCH_LAB_ROOT moves it" in result.err
 
 
+def test_a_folder_of_the_users_is_never_removed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that is named like the runs, without a version, when a run cannot be made."""
+    mine = lab.root / "data" / "artifacts" / "00_toy-hparams"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").touch()
+    # Permissions do not bind a superuser, so that the test refuses in their place.
+    monkeypatch.setattr(Path, "mkdir", _refuse)
+    result = lab.train(lab.path)
+    assert result.code == ExitCode.USAGE
+    assert (mine / "notes.txt").is_file()
+
+
+def _refuse(*args: object, **kwargs: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_before(lab: Lab) -> None:
     """Also when training would go on in full."""
     lab.train(lab.path)

@@ -170,6 +170,8 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
             run.write_sources(experiment.root, experiment.scripts, training.code.changes)
             yield
     except BaseException as raised:
+        if not run.record.version:  # Nothing is on disk yet.
+            raise
         error = failure_elsewhere(run, raised) or raised
         if isinstance(error, UserError) and not training.has_trained:
             run.discard()

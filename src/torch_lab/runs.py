@@ -324,6 +324,7 @@ class Run:
 
     def discard(self) -> None:
         """Remove the run from disk, for mistakes that are found after its folder was made."""
+        assert self.record.version, "what was not reserved is not ours to remove"
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
