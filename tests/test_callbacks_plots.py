@@ -35,6 +35,12 @@ pytestmark = [
 STAGES = ("train", "validate", "test")
 
 
+@pytest.fixture(autouse=True)
+def _no_figures() -> None:
+    """Begin without the figures that tests of other files have left open."""
+    plt.close("all")
+
+
 class Classifier(pl.LightningModule):
     """Says class 1 for positive numbers, with metrics for every stage."""
 
