@@ -350,6 +350,40 @@ def test_compiled_networks_take_weights(lab: Lab) -> None:
     assert torch.equal(compiled._orig_mod.weight, saved["weight"])
 
 
+def test_weights_in_torchs_old_format_are_read(lab: Lab) -> None:
+    """They are no archive, and cannot be mapped into memory."""
+    saved = torch.nn.Linear(4, 2)
+    torch.save(saved.state_dict(), "old.pt", _use_new_zipfile_serialization=False)
+    loaded = torch_lab.load_weights(torch.nn.Linear(4, 2), "old.pt")
+    assert torch.equal(loaded.state_dict()["weight"], saved.weight)
+
+
+def test_checkpoints_written_in_the_background_are_whole_too(lab: Lab) -> None:
+    """Lightning's `AsyncCheckpointIO` writes through our plugin, sidecars and all."""
+    lab.write(
+        "hparams.py",
+        """
+        from pytorch_lightning.plugins import AsyncCheckpointIO
+
+        hparams = {"trainer": {"init": {"max_epochs": 1, "plugins": [AsyncCheckpointIO()]}}}
+        """,
+    )
+    assert lab.train(lab.path).code == 0
+    assert lab.run().sidecar("last") and lab.run().sidecar("best")
+
+
+def test_a_bad_log_call_ends_no_training(lab: Lab) -> None:
+    """As in the standard library, it is complained of and passed over."""
+    lab.config(
+        "    module = TrainLabModule(",
+        "    import logging; logging.getLogger('mine').info('%d', 'three')\n"
+        "    module = TrainLabModule(",
+    )
+    result = lab.train(lab.path)
+    assert result.code == 0, result.err
+    assert "--- Logging error ---" in result.err
+
+
 def test_weights_are_found_from_any_directory(
     lab: Lab, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
