@@ -35,6 +35,7 @@ __all__ = [
     "layers_of",
     "running",
     "running_script",
+    "shown",
     "siblings_of",
 ]
 
@@ -135,7 +136,7 @@ def _found(path: str | Path) -> Path:
     names = (
         [sibling.name for sibling in script.parent.glob("*.py")] if script.parent.is_dir() else []
     )
-    by = f" (imported by {_shortest(calling)})" if calling else ""
+    by = f" (imported by {shown(calling)})" if calling else ""
     raise ScriptError(f"{path}: no such script{by}{did_you_mean(script.name, names)}")
 
 
@@ -144,20 +145,19 @@ def _refuse_circle(script: Path) -> None:
     if script in running:
         circle = [*running[running.index(script) :], script]
         raise ScriptError(
-            "scripts import each other in a circle: "
-            + " -> ".join(_shortest(step) for step in circle),
+            "scripts import each other in a circle: " + " -> ".join(shown(step) for step in circle),
             hint="move what they share into a script that imports none of them",
         )
 
 
-def _shortest(path: Path) -> str:
-    with contextlib.suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
+def shown(path: Path) -> str:
+    """Return `path` as a person would type it: relative, if below the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _syntax_error(error: SyntaxError, script: Path) -> ScriptError:
-    where = _shortest(Path(error.filename or script))
+    where = shown(Path(error.filename or script))
     where += f":{error.lineno}" if error.lineno else ""
     line = (error.text or "").rstrip("\n")
     indent = len(line) - len(line.lstrip())

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch_lab.scripts import import_script_as_module
+from torch_lab.scripts import import_script_as_module, shown
 
 __all__ = [
     "dict_as_str",
@@ -37,12 +37,6 @@ def _leaves(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
 def dict_as_str(nested: Mapping[str, Any]) -> str:
     """Return a dictionary as text to read: a line for each leaf, with its dotted key."""
     return "\n".join(f"{key}: {value!r}" for key, value in flattened(nested).items())
-
-
-def shown(path: Path) -> str:
-    """Return `path` as a person would type it: relative, if below the working directory."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def process_rank() -> int:
