@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch_lab.checkpoints import load_weights
     from torch_lab.runner import infer, train
+    from torch_lab.weights import load_weights
 
 __all__ = ["__version__", "infer", "load_weights", "train"]
 
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "infer": "torch_lab.runner",
-    "load_weights": "torch_lab.checkpoints",
+    "load_weights": "torch_lab.weights",
     "train": "torch_lab.runner",
 }
 

@@ -1,191 +1,273 @@
-"""Checkpoints: where weights come from, and where they go.
+"""Checkpoints on disk: written whole, verified when read, with one to fall back to.
 
 A checkpoint `last.ckpt` has a sidecar `last.json` that says what it is: its sha256 and size, the
 run, step and epoch it was written at, and the metrics then. A checkpoint is never half written
-under its own name, and never read without a look at its sha256.
+under its own name, and never read without a look at its sha256. The `last` of before stays as
+`previous`, for the day that a disk damages `last`.
+
+What is written are tensors and plain values alone, so that nothing of ours needs to be trusted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import math
+import os
 import pickle
-from collections.abc import Mapping
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
+from typing import Any, BinaryIO
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
-import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.trainer.states import TrainerFn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from torch_lab.errors import CheckpointError, did_you_mean
-from torch_lab.files import beside, publish, sync
+from torch_lab.errors import CheckpointError, DamagedError, did_you_mean
+from torch_lab.files import beside, link, publish, sync
 from torch_lab.hparams import Hparams
+from torch_lab.plain import plain_values
 from torch_lab.runs import Run, artifacts_folder, find_run, project_root
 from torch_lab.utils import shown
 
 __all__ = [
+    "DESCRIPTION",
     "AtomicCheckpointIO",
-    "CheckpointWriter",
     "Source",
-    "check_fits",
-    "load_source",
-    "load_weights",
-    "loaded_from",
+    "find_source",
+    "resumable",
     "source_of",
 ]
 
 log = logging.getLogger(__name__)
 
-_OURS = "torch_lab"
+DESCRIPTION = "torch_lab"
 """The key under which a checkpoint holds what its sidecar will say."""
+
+_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9"
+"""How a file begins that torch wrote before 1.6."""
+_ANY_TEMPORARY = ".*.ckpt.new.tmp"
+_LAST = "last"
+_PREVIOUS = "previous"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes each checkpoint beside its place, then moves it there, and its sidecar after it."""
+    """Writes each checkpoint beside its place, then moves it there, and its sidecar after it.
+
+    A run's `last` that is replaced becomes `previous`. At every moment both are whole; what a kill
+    may leave is one temporary file, which the next checkpoint takes the place of.
+    """
+
+    def __init__(self) -> None:
+        self._whole: set[Path] = set()
+        self._swept: set[Path] = set()
+        self._told: set[str] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write `checkpoint` to `path`, which always holds the old one or the new one, whole."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary, sidecar = _temporary(target), _sidecar(target)
-        torch.save(checkpoint, temporary)
-        description = json.dumps(_description(checkpoint, temporary), indent=2, allow_nan=False)
-        _temporary(sidecar).write_text(description + "\n", encoding="utf-8")
-        # The new sidecar is safe on disk before the checkpoint moves: whatever is killed between
-        # the two moves leaves a checkpoint that one of two sidecars describes.
-        sync(_temporary(sidecar))
-        publish(temporary, target)
-        publish(_temporary(sidecar), sidecar)
+        """Write `checkpoint` to `path`, which always holds the old one or the new one, whole.
+
+        What `torch.load(weights_only=True)` would refuse is written as a plain value.
+
+        Raises:
+            OSError: It cannot be written; nothing has changed. `strerror` says why.
+        """
+        values, lost = plain_values(checkpoint)
+        self._tell(lost)
+        with self._replacing(Path(path)) as target:
+            digest = _write(values, _temporary(target))
+            description = _description(values, digest, _temporary(target))
+            text = json.dumps(description, indent=2, allow_nan=False)
+            _temporary(_sidecar(target)).write_text(text + "\n", encoding="utf-8")
+
+    def link(self, existing: Path, path: Path) -> None:
+        """Make `path` the same checkpoint as `existing`, which takes no room on most disks.
+
+        Raises:
+            OSError: It cannot be done; nothing has changed.
+        """
+        with self._replacing(path) as target:
+            link(existing, _temporary(target))
+            link(_sidecar(existing), _temporary(_sidecar(target)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the checkpoint at `path` and its sidecar."""
         super().remove_checkpoint(path)
         _sidecar(Path(path)).unlink(missing_ok=True)
 
+    def _tell(self, lost: Mapping[str, str]) -> None:
+        new = [f"{place} is {what}" for place, what in lost.items() if place not in self._told]
+        self._told.update(lost)
+        if new:
+            more = f"; and {len(new) - 5} more" if len(new) > 5 else ""
+            log.warning("checkpoint: %s%s", "; ".join(new[:5]), more)
+
+    @contextlib.contextmanager
+    def _replacing(self, target: Path) -> Iterator[Path]:
+        """Yield `target`; what is written to its temporary names meanwhile takes its place."""
+        with _all_or_nothing(target):
+            self._prepare(target)
+            yield target
+            # All that needs room is on the disk before any name changes.
+            sync(_temporary(target))
+            sync(_temporary(_sidecar(target)))
+            if target.stem == _LAST and _is_of_run(target) and self._is_whole(target):
+                self.link(target, target.with_stem(_PREVIOUS))
+            _move(target)
+        self._whole.add(target)
+
+    def _prepare(self, target: Path) -> None:
+        """Make the folder of `target`, or clear away what a killed process left in it."""
+        folder, temporary = target.parent, _temporary(target)
+        if not folder.exists():
+            _make_folder(folder, temporary.name)
+        elif folder not in self._swept and _is_of_run(target):
+            for leftover in folder.glob(_ANY_TEMPORARY):
+                leftover.unlink()
+        self._swept.add(folder)
+        # It may be a link to a checkpoint that stands: never write into it.
+        temporary.unlink(missing_ok=True)
+        _settle(target)
+
+    def _is_whole(self, path: Path) -> bool:
+        """Return whether the checkpoint at `path`, with its sidecar, is worth to be kept."""
+        if not (path.is_file() and _sidecar(path).is_file()):
+            return False
+        return path in self._whole or _sha256(path) in _recorded_sha256s(path)
+
+
+def _is_of_run(checkpoint: Path) -> bool:
+    """Return whether it lies in the folder of a run, where no other process writes."""
+    return (checkpoint.parents[1] / "run.json").is_file()
+
+
+def _make_folder(folder: Path, name: str) -> None:
+    """Make a folder that is never seen empty: such a one is a folder that lost its checkpoints."""
+    new = beside(folder, "new")
+    try:
+        new.mkdir(parents=True, exist_ok=True)
+        (new / name).touch()
+        new.rename(folder)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)
+        # Another process made it at the same time; of anything else this tells, too.
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(target: Path) -> Iterator[None]:
+    """Remove what was written for `target` after any error; tell of a disk's as an OSError."""
+    has_folder = target.parent.exists()
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _temporary(target).unlink(missing_ok=True)
+            _settle(target)
+            if not has_folder:
+                target.parent.rmdir()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
+        raise
+
+
+def _move(target: Path) -> None:
+    """Move a new checkpoint and its sidecar to `target`.
+
+    The new sidecar is safe on disk before the checkpoint moves: whatever is killed between the two
+    moves leaves a checkpoint that one of two sidecars describes.
+    """
+    sidecar = _sidecar(target)
+    publish(_temporary(target), target)
+    publish(_temporary(sidecar), sidecar)
+
+
+def _settle(target: Path) -> None:
+    """Give `target` its sidecar, or remove that, if a process was killed before it was moved."""
+    sidecar = _sidecar(target)
+    waiting = _temporary(sidecar)
+    if not waiting.exists():
+        return
+    if target.is_file() and _recorded(waiting).get("sha256") == _sha256(target):
+        publish(waiting, sidecar)
+    else:
+        waiting.unlink()
+
 
 def _temporary(path: Path) -> Path:
     """Return a name beside `path`, always the same, so that killed writers pile up nothing."""
-    return beside(path, "new")
+    return beside(path, "new")  # As in `_ANY_TEMPORARY`.
 
 
 def _sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _description(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _write(values: Mapping[str, Any], path: Path) -> str:
+    """Write a checkpoint to `path`, and return its sha256."""
+    with path.open("wb") as file:
+        hashed = _HashedFile(file)
+        try:
+            torch.save(values, hashed)  # type: ignore[arg-type]
+        except RuntimeError:
+            # Torch hides what happened behind "unexpected pos".
+            if hashed.failure is None:
+                raise
+            raise hashed.failure from None
+    return hashed.sha256.hexdigest()
+
+
+class _HashedFile:
+    """A file that torch writes to, whose sha256 is known at the end without reading it again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.failure: BaseException | None = None
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        try:
+            return self.file.write(content)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _description(checkpoint: Mapping[str, Any], digest: str, written: Path) -> dict[str, Any]:
     return {
-        "sha256": _sha256(path),
-        "size": path.stat().st_size,
+        "sha256": digest,
+        "size": written.stat().st_size,
         "step": checkpoint.get("global_step"),
         "epoch": checkpoint.get("epoch"),
-        **checkpoint.get(_OURS, {}),
+        **checkpoint.get(DESCRIPTION, {}),
     }
+
+
+def _recorded(sidecar: Path) -> dict[str, Any]:
+    """Return what `sidecar` says; nothing if there is none, or none that can be read."""
+    try:
+        found = json.loads(sidecar.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.debug("%s cannot be read: %s", shown(sidecar), error)
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class CheckpointWriter(Checkpoint):
-    """Writes `last` at the end of every epoch and of training, and `best` whenever it is the best.
-
-    `last` is always the latest state, unlike that of Lightning's `ModelCheckpoint`, which leaves
-    it behind while the monitored metric does not improve. A NaN is never the best.
-    """
-
-    def __init__(self, run: Run, monitor: str, mode: str) -> None:
-        self.run = run
-        self.monitor = monitor
-        self.mode = mode
-        self.best_score: float | None = None
-        self._last_step = -1
-        self._old: dict[str, Any] = {}
-        self._logged_by: str | None = None
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the metrics of earlier epochs, which live on in the trainer."""
-        self._old = dict(trainer.callback_metrics)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write `best`, if this validation says so."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._consider(trainer, "validation")
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write `best`, if a training metric is monitored and says so, and `last`."""
-        self._consider(trainer, "training")
-        if self._logged_by is None and trainer.current_epoch == 0:
-            log.warning("nothing logged %s in the first epoch: there is no best", self.monitor)
-        self._save(trainer, "last")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write `last`, if training ended within an epoch."""
-        if trainer.global_step != self._last_step:
-            self._save(trainer, "last")
-
-    def _consider(self, trainer: pl.Trainer, stage: str) -> None:
-        """Write `best` if the monitored value, fresh in `stage`, is the best so far."""
-        logged = trainer.callback_metrics.get(self.monitor)
-        # Ranks whose values differ would disagree on whether to save, and wait for each other.
-        score: float | None = trainer.strategy.broadcast(None if logged is None else float(logged))
-        if score is None:
-            return
-        # Elsewhere the value is an old one, of weights that have changed since.
-        self._logged_by = self._logged_by or stage
-        if self._logged_by == stage and self._is_better(score):
-            self.best_score = score
-            self._save(trainer, "best")
-
-    def _is_better(self, score: float) -> bool:
-        if not math.isfinite(score):
-            return False
-        if self.best_score is None:
-            return True
-        return score < self.best_score if self.mode == "min" else score > self.best_score
-
-    def _save(self, trainer: pl.Trainer, name: str) -> None:
-        if name == "last":
-            self._last_step = trainer.global_step
-        trainer.save_checkpoint(self.run.checkpoint(name))
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add what the sidecar will say."""
-        logged = trainer.callback_metrics.items()
-        fresh = {name: value for name, value in logged if self._old.get(name) is not value}
-        metrics = {name: _finite(value) for name, value in fresh.items()}
-        checkpoint[_OURS] = {
-            "run": self.run.name,
-            "run_id": self.run.record.id,
-            "monitor": self.monitor,
-            "score": metrics.get(self.monitor),
-            "metrics": metrics,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs."""
-        return {"best_score": self.best_score, "logged_by": self._logged_by}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`; a new run has no `best` file yet, so its scores start anew."""
-        self._logged_by = state_dict["logged_by"]
-
-
-def _finite(value: Any) -> float | None:
-    """Return `value` as a number, or None where JSON has no word for it."""
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True)
@@ -196,6 +278,8 @@ class Source:
     run: Run | None
     """The run that wrote it; None for a file that lies elsewhere."""
     sha256: str
+    trusted: bool = False
+    """Whether it may run code when it is read."""
 
     def __str__(self) -> str:
         return f"{self.path.stem} of {self.run.name}" if self.run else shown(self.path)
@@ -215,25 +299,10 @@ class Source:
         """Return what the checkpoint holds, on the CPU.
 
         Raises:
-            CheckpointError: It cannot be read with `weights_only=True`.
+            CheckpointError: It cannot be read with `weights_only=True`, and is not trusted.
+            DamagedError: It cannot be read at all.
         """
-        try:
-            # What torch wrote before 1.6 is no archive, and cannot be mapped into memory.
-            found = torch.load(
-                self.path, map_location="cpu", weights_only=True, mmap=is_zipfile(self.path)
-            )
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{shown(self.path)} holds more than tensors and plain values",
-                f"torch says: {str(error).strip().splitlines()[0]}",
-            ) from error
-        except (OSError, EOFError, RuntimeError) as error:
-            raise CheckpointError(f"{shown(self.path)} is damaged: {_first_line(error)}") from error
-        if not isinstance(found, dict):
-            raise CheckpointError(
-                f"{shown(self.path)} holds a {type(found).__name__}, no checkpoint"
-            )
-        return found
+        return _read(self.path, trusted=self.trusted)
 
     def resumable_step(self, hparams_init: Mapping[str, Any]) -> int:
         """Return the step that training goes on from, after a look that it can.
@@ -265,152 +334,195 @@ class Source:
         return step
 
 
+def _read(path: Path, *, trusted: bool) -> dict[str, Any]:
+    """Return the dictionary in the checkpoint at `path`; errors are as in `Source.load`."""
+    try:
+        # What torch wrote before 1.6 is no archive, and cannot be mapped into memory.
+        found = torch.load(
+            path, map_location="cpu", weights_only=not trusted, mmap=is_zipfile(path)
+        )
+    except Exception as error:
+        # Bytes of any kind may lie there, and raise errors of any kind.
+        raise _unreadable(path, error, trusted) from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"{shown(path)} holds a {type(found).__name__}, no checkpoint")
+    return found
+
+
+def _unreadable(path: Path, error: Exception, trusted: bool) -> CheckpointError:
+    code = "" if trusted else _code_in(path, error)
+    if code:
+        return CheckpointError(
+            f"{shown(path)} holds more than tensors and plain values: it holds code: {code}",
+            "--trust-checkpoint reads it all the same: it runs that code, so use it only for files "
+            "of people whom you trust",
+        )
+    if isinstance(error, (ImportError, AttributeError)):
+        return CheckpointError(f"{shown(path)} cannot be read: {_first_line(error)}")
+    if not is_zipfile(path) and not path.read_bytes().startswith(_OLD_FORMAT):
+        return DamagedError(f"{shown(path)} is no checkpoint, or no more than a part of one")
+    return DamagedError(f"{shown(path)} is damaged ({_first_line(error)})")
+
+
+def _code_in(path: Path, error: Exception) -> str:
+    """Return the names of what a file would import, if that is why it was not read."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return ""
+    with contextlib.suppress(Exception):
+        return ", ".join(sorted(get_unsafe_globals_in_checkpoint(path)))
+    # What torch wrote before 1.6 it cannot look into, but it told the first name.
+    _, _, name = str(error).partition("Unsupported global: GLOBAL ")
+    return name.split(" ")[0]
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def source_of(hparams: Hparams) -> Source | None:
+def source_of(hparams: Hparams, *, trust: bool = False) -> Source | None:
     """Return the checkpoint that `hparams` ask for, verified; None when they ask for none.
 
+    Args:
+        hparams: Those of the experiment.
+        trust: Whether the checkpoint may run code when it is read.
+
     Raises:
-        CheckpointError: There is no such run or checkpoint, or it is damaged.
+        CheckpointError: There is no such run or checkpoint.
+        DamagedError: It is damaged, and so is what there is to fall back to.
     """
     if hparams.checkpoint.checkpoint_task_id is None:
         return None
     try:
-        return _found(
+        return find_source(
             hparams.checkpoint.checkpoint_task_id,
             hparams.checkpoint.checkpoint_name,
             project_root(hparams.path),
+            trust=trust,
         )
     except CheckpointError as error:
         where = f"{shown(hparams.path)}: checkpoint"
-        raise CheckpointError(f"{where}: {error.message}", error.hint) from None
+        raise type(error)(f"{where}: {error.message}", error.hint) from None
 
 
-def _found(wanted: str, name: str, root: Path) -> Source:
-    """Return the checkpoint `name` of the run `wanted` in the project at `root`, or the file."""
+def find_source(wanted: str, name: str, root: Path, *, trust: bool = False) -> Source:
+    """Return a checkpoint, verified. For a damaged `last` of a run, `previous` is returned.
+
+    Args:
+        wanted: A run of the project at `root`, or the path of a file.
+        name: The checkpoint's name; not used for a path.
+        root: The project.
+        trust: Whether it may run code when it is read.
+
+    Raises:
+        CheckpointError: There is no such run or checkpoint.
+        DamagedError: It is damaged, and so is what there is to fall back to.
+    """
     file = Path(wanted).expanduser()
     if file.is_file():
-        return _verified(file.resolve(), _run_of(file.resolve()))
+        return _verified(file.resolve(), _run_of(file.resolve()), trust)
     if file.suffix == ".ckpt" or len(file.parts) > 1:
         raise CheckpointError(f"{wanted}: no such file")
     run = find_run(artifacts_folder(root), wanted, having=name)
-    path = run.checkpoint(name)
-    if not path.is_file():
+    candidates = [_LAST, _PREVIOUS] if name == _LAST else [name]
+    if not any(run.checkpoint(candidate).is_file() for candidate in candidates):
         names = sorted(item.stem for item in run.checkpoints_folder.glob("[!.]*.ckpt"))
         raise CheckpointError(
             f"run {run.name} has no checkpoint {name!r}{did_you_mean(name, names)}",
             f"it has: {', '.join(names) or 'none'}",
         )
-    return _verified(path, run)
+    return _first_whole(run, candidates, trust)
+
+
+def resumable(run: Run, *, trust: bool = False) -> Source | None:
+    """Return the checkpoint that `run` itself goes on from; None if it never wrote one.
+
+    Raises:
+        CheckpointError: It holds code, and is not trusted.
+        DamagedError: The run has checkpoints, or had, and none is whole.
+    """
+    folder = run.checkpoints_folder
+    candidates = [_LAST, _PREVIOUS]
+    if any(run.checkpoint(name).is_file() for name in candidates):
+        return _first_whole(run, candidates, trust)
+    # A kill within the first write of all leaves its temporary file, or `best`, written before.
+    if run.checkpoint("best").is_file():
+        return _first_whole(run, [*candidates, "best"], trust)
+    if not folder.exists() or any(folder.glob(_ANY_TEMPORARY)):
+        return None
+    raise DamagedError(
+        f"run {run.name} has lost its checkpoints: neither last nor previous is in {shown(folder)}"
+    )
+
+
+def _first_whole(run: Run, names: list[str], trust: bool) -> Source:
+    """Return the first checkpoint of `run` that is whole; a warning names those before it."""
+    faults: list[str] = []
+    for name in names:
+        try:
+            source = _verified(run.checkpoint(name), run, trust)
+        except DamagedError as error:
+            faults.append(error.message)
+            continue
+        if faults:
+            step = (run.sidecar(name) or {}).get("step")
+            at = "" if step is None else f", step {step}"
+            log.warning("%s: %s is taken instead%s", "; ".join(faults), name, at)
+        return source
+    raise DamagedError("; ".join(faults))
 
 
 def _run_of(file: Path) -> Run | None:
-    folder = file.parent.parent
-    return Run.read(folder) if (folder / "run.json").is_file() else None
+    return Run.read(file.parents[1]) if _is_of_run(file) else None
 
 
-def _verified(path: Path, run: Run | None) -> Source:
+def _verified(path: Path, run: Run | None, trust: bool) -> Source:
+    """Return the checkpoint at `path`, all of which is read once.
+
+    Raises:
+        CheckpointError: It has no sidecar, and holds code.
+        DamagedError: It is damaged or missing.
+    """
+    where = f"{path.stem} of run {run.name}" if run else shown(path)
+    if not path.is_file():
+        raise DamagedError(f"{where} is missing")
+    try:
+        digest = _sha256(path)
+        fault = _fault(path, digest)
+    except OSError as error:
+        raise DamagedError(f"{where} cannot be read ({error.strerror})") from error
+    if fault:
+        raise DamagedError(f"{where} is damaged ({fault})")
+    if digest not in _recorded_sha256s(path):
+        _read(path, trusted=trust)
+    return Source(path, run, digest, trust)
+
+
+def _fault(path: Path, digest: str) -> str | None:
+    """Return what is wrong with the bytes at `path`, whose sha256 is `digest`, if anything is."""
+    recorded = _recorded_sha256s(path)
+    if digest in recorded:
+        return None
+    if path.stat().st_size == 0:
+        return "it is empty"
+    if recorded and all(recorded):
+        return "its sha256 is not that in its sidecar"
+    log.debug("no sidecar tells the sha256 of %s: its own checksums are looked at", shown(path))
+    return _archive_fault(path) if is_zipfile(path) else None
+
+
+def _recorded_sha256s(path: Path) -> list[str | None]:
+    """Return what the sidecars of `path` say; None for one that is damaged itself.
+
+    There are two, if a process was killed between the moves of a checkpoint and its sidecar.
+    """
     sidecars = [_sidecar(path), _temporary(_sidecar(path))]
-    recorded = {json.loads(text)["sha256"] for text in map(_text_of, sidecars) if text}
-    found = _sha256(path)
-    if recorded and found not in recorded:
-        raise CheckpointError(f"{shown(path)} is damaged: its sha256 is not that in its sidecar")
-    return Source(path, run, found)
+    return [_recorded(sidecar).get("sha256") for sidecar in sidecars if sidecar.is_file()]
 
 
-def _text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def load_weights(
-    module: torch.nn.Module, run: str | Path, name: str = "last", root: str | Path | None = None
-) -> torch.nn.Module:
-    """Load weights into `module` from a run's checkpoint, and return it.
-
-    Args:
-        module: A `LightningModule`, or the bare model; whichever has the checkpoint's names.
-        run: A run's name, with its version or without for the newest; a ClearML task id; or the
-            path of a checkpoint file.
-        name: The checkpoint's name, with or without `.ckpt`; not used for a path.
-        root: The project whose runs are meant; if not given, that of the script that is running
-            (in `infer_config`, say), or else of the working directory.
-
-    Raises:
-        CheckpointError: There is no such run or checkpoint, it is damaged, or it does not fit.
-    """
-    project = project_root() if root is None else Path(root).expanduser().resolve()
-    load_source(module, _found(str(run), name.removesuffix(".ckpt"), project))
-    return module
-
-
-def load_source(module: torch.nn.Module, source: Source) -> None:
-    """Load the weights at `source` into `module` or its model, whichever has their names.
-
-    Raises:
-        CheckpointError: It is damaged, or does not fit.
-    """
-    target, state = _fitting(module, source)
-    target.load_state_dict(state)
-    # Told by `loaded_from`; an attribute, as a model has nowhere else to keep it.
-    vars(target)["_weights_from"] = str(source)
-
-
-def check_fits(module: torch.nn.Module, source: Source) -> None:
-    """Check that the weights at `source` are those of `module` or its model.
-
-    Raises:
-        CheckpointError: It is damaged, or does not fit.
-    """
-    _fitting(module, source)
-
-
-def _fitting(module: torch.nn.Module, source: Source) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Return the part of `module` that the weights at `source` belong to, and the weights."""
-    found = source.load()
-    state = found.get("state_dict", found)
-    target = _target(module, state)
-    own = target.state_dict()
-    _check_names(source, set(own), set(state))
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            raise CheckpointError(f"{source} does not fit: {name} has the shape {shapes}")
-    return target, state
-
-
-def _target(module: torch.nn.Module, state: Mapping[str, Any]) -> torch.nn.Module:
-    """Return `module`, or its `model`: the one whose names are more like those in `state`."""
-    module, inner = _uncompiled(module), _uncompiled(getattr(module, "model", None))
-    if not isinstance(inner, torch.nn.Module):
-        return module
-    common = [len(set(candidate.state_dict()) & set(state)) for candidate in (module, inner)]
-    return module if common[0] >= common[1] else inner
-
-
-def _uncompiled(module: Any) -> Any:
-    """Return what `torch.compile` was given, whose names have no prefix."""
-    return getattr(module, "_orig_mod", module)
-
-
-def _check_names(source: Source, own: set[str], given: set[str]) -> None:
-    if own == given:
-        return
-    missing, foreign = sorted(own - given), sorted(given - own)
-    parts = []
-    if missing:
-        parts.append(f"it lacks {', '.join(missing[:3])}{_more(missing)}")
-    if foreign:
-        parts.append(f"it has {', '.join(foreign[:3])}{_more(foreign)}, which the model has not")
-    raise CheckpointError(f"{source} does not fit the model: {'; '.join(parts)}")
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 3} more" if len(names) > 3 else ""
-
-
-def loaded_from(module: torch.nn.Module) -> str | None:
-    """Return where the weights of `module`, or of a part of it, were loaded from, if they were."""
-    found = (vars(part).get("_weights_from") for part in module.modules())
-    return next((str(place) for place in found if place), None)
+def _archive_fault(path: Path) -> str | None:
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (BadZipFile, OSError, EOFError, RuntimeError, zlib.error) as error:
+        return _first_line(error)
+    return f"the checksum of {damaged} in it is wrong" if damaged else None

@@ -6,6 +6,7 @@ Nothing heavy is imported before it is needed: `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,22 @@ _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Train(click.Command):
-    """A command whose `--devices` takes all the numbers that follow it."""
+    """A command whose `--devices` takes all the numbers that follow, `--resume` a run or none."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _joined_devices(args))
+        return super().parse_args(ctx, _joined_resume(_joined_devices(args)))
+
+
+def _joined_resume(words: Sequence[str]) -> list[str]:
+    """Return `words` with the run of `--resume` in one word; the path of a script is none."""
+    joined: list[str] = []
+    for word in words:
+        if joined[-1:] == ["--resume"]:
+            is_run = not word.startswith("-") and not word.endswith(".py")
+            joined[-1:] = [f"--resume={word}"] if is_run else ["--resume=", word]
+        else:
+            joined.append(word)
+    return [*joined[:-1], "--resume="] if joined[-1:] == ["--resume"] else joined
 
 
 def _joined_devices(words: Sequence[str]) -> list[str]:
@@ -49,6 +62,11 @@ _debug = click.option(
 _json = click.option(
     "--json", "as_json", is_flag=True, help="Print what came out as a line of JSON."
 )
+_trust = click.option(
+    "--trust-checkpoint",
+    is_flag=True,
+    help="Read a checkpoint that may hold code; it can do anything that you can.",
+)
 _offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
 
 
@@ -64,6 +82,15 @@ _offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
 @_offline
 @_debug
 @click.option("--no-validate", is_flag=True, help="Skip the validation before fitting.")
+@click.option(
+    "--resume",
+    metavar="[RUN]",
+    help="Go on with an interrupted run: with RUN, or the newest one of this script.",
+)
+@click.option(
+    "--not-exact", is_flag=True, help="Go on even where the end will not be the same to the bit."
+)
+@_trust
 @click.option(
     "--jobs", metavar="N", type=click.IntRange(min=1), help="Run up to N paths side by side."
 )
@@ -87,6 +114,8 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
 
     # A mistake in the scripts is found before torch is imported, which takes seconds.
     dev_run = DevRun.parse(options["dev_run"]) if options["dev_run"] is not None else None
+    if options["resume"] is not None and dev_run is not None:
+        raise UserError("--dev-run and --resume contradict each other: a dev run leaves nothing")
     experiment = Experiment.load(path)
     from torch_lab.runner import train as train_experiment
 
@@ -96,6 +125,9 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
         debug=options["debug"],
         validate=not options["no_validate"],
         as_json=options["as_json"],
+        resume=options["resume"] if options["resume"] is not None else False,
+        must_be_exact=not options["not_exact"],
+        trust_checkpoint=options["trust_checkpoint"],
     )
 
 
@@ -105,12 +137,12 @@ def _train_several(
     from torch_lab import jobs as several
     from torch_lab.console import print_table
 
-    for name in ("dev_run", "debug"):
-        if options[name]:
+    for name in ("dev_run", "debug", "resume"):
+        if options[name] not in (None, False):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} takes one path, without --jobs and --devices")
     dealt = _devices(devices)
-    flags = ("offline", "no_validate", "as_json")
+    flags = ("offline", "no_validate", "as_json", "trust_checkpoint")
     outcomes = several.run_all(
         paths,
         [f"--{flag.removeprefix('as_').replace('_', '-')}" for flag in flags if options[flag]],
@@ -133,11 +165,17 @@ def _devices(given: str | None) -> list[str]:
 @click.command(context_settings={**_HELP, "allow_interspersed_args": False})
 @_offline
 @_debug
+@_trust
 @_json
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("arguments", metavar="[ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED)
 def infer(
-    path: Path, arguments: tuple[str, ...], offline: bool, debug: bool, as_json: bool
+    path: Path,
+    arguments: tuple[str, ...],
+    offline: bool,
+    debug: bool,
+    trust_checkpoint: bool,
+    as_json: bool,
 ) -> None:
     """Predict with the experiment of the hparams script at PATH.
 
@@ -151,7 +189,9 @@ def infer(
         from torch_lab.runner import infer as infer_experiment
 
         given = arguments[1:] if arguments[:1] == ("--",) else arguments
-        infer_experiment(experiment, *given, debug=debug, as_json=as_json)
+        infer_experiment(
+            experiment, *given, debug=debug, as_json=as_json, trust_checkpoint=trust_checkpoint
+        )
 
 
 @click.group(context_settings=_HELP)
@@ -164,6 +204,112 @@ torch_lab.add_command(train)
 torch_lab.add_command(infer)
 
 
+@torch_lab.command(context_settings=_HELP)
+@click.argument("name", required=False, default="")
+@_json
+def runs(name: str, as_json: bool) -> None:
+    """List the runs of the project in the working directory, the newest last.
+
+    With NAME only those whose names start with it. A run is lost if its process ended without a
+    word; train --resume goes on with it.
+    """
+    with _failures(debug=False):
+        from torch_lab import listing
+        from torch_lab.console import print_table
+        from torch_lab.runs import artifacts_folder, project_root
+
+        rows = listing.listed_runs(artifacts_folder(project_root()), name)
+        if as_json:
+            click.echo(json.dumps(rows))
+        else:
+            print_table(listing.TITLES, map(listing.listed_words, rows), sys.stdout)
+
+
+@torch_lab.command("verify-resume", context_settings=_HELP)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--kill-at",
+    "kills",
+    metavar="STEP[:PLACE]",
+    multiple=True,
+    help="Kill the run at the end of this step; in another place with 7:batch-start, 7:optimizer, "
+    "7:validation or 7:epoch-end. May be given several times.",
+)
+@click.option(
+    "--random",
+    "count",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Kill it at N random places, each in a run of its own. The default is 3.",
+)
+@click.option(
+    "--steps",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Train for N steps at most. The default is 200, or twice the last --kill-at.",
+)
+@click.option(
+    "--debug", is_flag=True, help="Keep all that was written, also when there is no difference."
+)
+@_trust
+@_json
+def verify_resume(
+    path: Path,
+    kills: tuple[str, ...],
+    count: int | None,
+    steps: int | None,
+    debug: bool,
+    trust_checkpoint: bool,
+    as_json: bool,
+) -> int:
+    """Prove that the experiment of the hparams script at PATH can be interrupted and resumed.
+
+    It is trained once through, then again, killed and resumed, each time in a temporary folder; and
+    all that came out is compared, to the bit. Ends with 1 if anything differs.
+    """
+    with _failures(debug):
+        from torch_lab import verify
+        from torch_lab.console import print_rows, print_table
+
+        points = [verify.KillPoint.parse(kill) for kill in kills]
+        report = verify.Verification(
+            path,
+            points,
+            count or (0 if points else 3),
+            steps,
+            trust=trust_checkpoint,
+            keep=debug,
+            say=lambda line: click.echo(line, err=True),
+        ).run()
+        if as_json:
+            click.echo(json.dumps(report.record()))
+        else:
+            print_table(verify.TITLES, report.table(), sys.stdout)
+            print_rows(report.rows(), sys.stdout)
+        return int(ExitCode.DONE if report.is_exact else ExitCode.CODE_FAILED)
+
+
+@torch_lab.command(hidden=True)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--artifacts", required=True, type=click.Path(path_type=Path))
+@click.option("--trace", required=True, type=click.Path(path_type=Path))
+@click.option("--steps", required=True, type=int)
+@click.option("--every", type=int)
+@click.option("--kill-at")
+@click.option("--resume")
+@_trust
+def trace(
+    path: Path, kill_at: str | None, resume: str | None, trust_checkpoint: bool, **options: Any
+) -> None:
+    """Train for verify-resume, and write down what is seen and made."""
+    with _failures(debug=False):
+        from torch_lab.tracing import TracedRun
+        from torch_lab.verify import KillPoint
+
+        kill = KillPoint.parse(kill_at) if kill_at else None
+        TracedRun(path, trust=trust_checkpoint, **options).train(kill, resume)
+
+
 @contextlib.contextmanager
 def _failures(debug: bool) -> Iterator[None]:
     """Show an error as its reader needs it, and leave with its exit code."""
@@ -173,8 +319,10 @@ def _failures(debug: bool) -> Iterator[None]:
         from torch_lab.console import rendered
         from torch_lab.utils import process_rank
 
-        if not (isinstance(error, Interrupted) and process_rank() > 0):
-            click.echo(rendered(error, debug=debug), err=True)
+        if isinstance(error, Interrupted) and process_rank() > 0:
+            # The process that launched this one would take another code for a failure.
+            raise click.exceptions.Exit(int(ExitCode.DONE)) from error
+        click.echo(rendered(error, debug=debug), err=True)
         ours = isinstance(error, (TorchLabError, Interrupted))
         if debug and not ours and sys.stdin.isatty() and sys.stderr.isatty():
             _post_mortem(error)

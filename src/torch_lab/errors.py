@@ -7,7 +7,11 @@ Exception
     │   ├── ScriptError             a script that is not there, or that does not run
     │   ├── HparamsError            a wrong key, type or value in `hparams`
     │   ├── ComponentsError         a config function is missing, or returned something wrong
-    │   └── CheckpointError         a run or a checkpoint is missing, damaged, or does not fit
+    │   └── CheckpointError         a run or a checkpoint is missing, or does not fit
+    │       └── DamagedError    1   a checkpoint is damaged, and so is the one before it
+    ├── NotWrittenError         1   checkpoints could not be written, several times in a row
+    ├── LoaderError             1   a worker process of a DataLoader died or hangs
+    ├── DeviceMemoryError       1   a device has too little memory
     ├── SomeRunsFailedError     3   several runs were asked for, and some failed
     └── NonFiniteError          4   a loss became NaN or infinite
 BaseException
@@ -25,10 +29,14 @@ from collections.abc import Iterable
 __all__ = [
     "CheckpointError",
     "ComponentsError",
+    "DamagedError",
+    "DeviceMemoryError",
     "ExitCode",
     "HparamsError",
     "Interrupted",
+    "LoaderError",
     "NonFiniteError",
+    "NotWrittenError",
     "ScriptError",
     "SomeRunsFailedError",
     "TorchLabError",
@@ -43,7 +51,7 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     """The run completed."""
     CODE_FAILED = 1
-    """The user's code raised an exception."""
+    """The user's code raised an exception, or what the run needs failed: disk, worker, memory."""
     USAGE = 2
     """The command line, a script or the hparams are wrong; nothing was created."""
     SOME_FAILED = 3
@@ -56,6 +64,8 @@ class ExitCode(enum.IntEnum):
     """Stopped by SIGHUP."""
     INTERRUPT = 128 + signal.SIGINT
     """Stopped by SIGINT (Ctrl-C)."""
+    WARNED = 128 + signal.SIGUSR1
+    """Stopped by SIGUSR1, by which a scheduler says that time is up."""
     TERMINATED = 128 + signal.SIGTERM
     """Stopped by SIGTERM."""
 
@@ -98,7 +108,25 @@ class ComponentsError(UserError):
 
 
 class CheckpointError(UserError):
-    """A run or a checkpoint that is not there, is damaged or does not fit."""
+    """A run or a checkpoint that is not there or does not fit."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is damaged, and there is no whole one to take instead."""
+
+    exit_code = ExitCode.CODE_FAILED
+
+
+class NotWrittenError(TorchLabError):
+    """Checkpoints could not be written, several times in a row."""
+
+
+class LoaderError(TorchLabError):
+    """A worker process of a DataLoader died, or gives no batch."""
+
+
+class DeviceMemoryError(TorchLabError):
+    """A device has too little memory for a batch."""
 
 
 class SomeRunsFailedError(TorchLabError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["beside", "publish", "sync", "written_whole"]
+__all__ = ["beside", "link", "publish", "sync", "written_whole"]
 
 
 def beside(path: Path, label: str) -> Path:
@@ -19,7 +20,18 @@ def publish(written: Path, path: Path) -> None:
     """Move `written`, once it is safe on the disk, to `path`, replacing what was there."""
     sync(written)
     written.replace(path)
+    # Where both are names of one file already, a move does nothing, and leaves both.
+    written.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def link(existing: Path, name: Path) -> None:
+    """Make `name` another name of the file `existing`, or a copy where a disk has no such links."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(existing, name)
+    except OSError:
+        shutil.copyfile(existing, name)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from torch_lab.errors import HparamsError, UserError, did_you_mean
 from torch_lab.scripts import copied
 from torch_lab.utils import parameters_of, shown
 
-__all__ = ["CheckpointChoice", "DevRun", "Hparams", "TrainerArguments"]
+__all__ = ["CheckpointSection", "DevRun", "Hparams", "TrainerArguments"]
 
-_SECTIONS = ("task", "checkpoint", "trainer", "config", "seed")
+_SECTIONS = ("task", "checkpoint", "trainer", "config", "seed", "loader_timeout")
 _TRAINER = ("pytorch_lightning.trainer.trainer", "Trainer")
 _COMPONENTS = "it comes from what the config function returns"
 _CHECKPOINT = 'set hparams["checkpoint"] instead'
@@ -35,13 +35,14 @@ _OWNED = {
         "weights_only": "checkpoints are always read with weights_only=True",
     },
 }
+_LOADER_TIMEOUT = 600.0
 _COUNTS = {"max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches"}
 _OWNED_IN_OTHERS = {**_OWNED["fit"], "dataloaders": _COMPONENTS}
 
 
 @dataclass(frozen=True)
-class CheckpointChoice:
-    """Where training goes on from, or inference takes its weights from."""
+class CheckpointSection:
+    """Where a run starts from, and when it writes checkpoints of its own."""
 
     checkpoint_task_id: str | None = None
     """A run's name, a ClearML task id, or a path; None for none."""
@@ -49,6 +50,20 @@ class CheckpointChoice:
     """Name of the checkpoint in that run, with or without `.ckpt`."""
     weights_only: bool = False
     """Whether to take the weights alone, and start at step 0."""
+    strict: bool = True
+    """Whether weights must have the model's names and shapes; if not, those that do are loaded."""
+    include: tuple[str, ...] = ()
+    """Patterns (`"encoder.*"`) of the weights to load; none for all."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of the weights not to load."""
+    every_minutes: float | None = 5.0
+    """How often `last` is written within an epoch; None for not by the clock."""
+    every_n_steps: int | None = None
+    """After how many steps `last` is written; None for not by steps."""
+    keep: int = 1
+    """How many of the best checkpoints are kept."""
+    give_up_after: int = 3
+    """How many checkpoints in a row may fail to be written before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +130,12 @@ class Hparams:
 
     path: Path
     task: dict[str, Any]
-    checkpoint: CheckpointChoice
+    checkpoint: CheckpointSection
     trainer: TrainerArguments
     config: dict[str, Any]
     seed: int
+    loader_timeout: float | None
+    """Seconds that the workers of a loader may take for a batch; None for any time."""
 
     @classmethod
     def parse(cls, given: object, path: Path, project_name: str) -> Hparams:
@@ -142,6 +159,9 @@ class Hparams:
             trainer=check.trainer(sections.get("trainer", {})),
             config=check.config(sections.get("config", {})),
             seed=check.seed(sections.get("seed", 0)),
+            loader_timeout=check.positive(
+                sections.get("loader_timeout", _LOADER_TIMEOUT), "loader_timeout", "of seconds"
+            ),
         )
 
     @property
@@ -162,6 +182,7 @@ class Hparams:
             "trainer": dict(vars(self.trainer)),
             "config": self.config,
             "seed": self.seed,
+            "loader_timeout": self.loader_timeout,
         }
         result: dict[str, Any] = copied(plain)
         return result
@@ -234,21 +255,71 @@ class _Check:
             self.is_type(task.get(name), (str, type(None)), f"task.{name}", "a string")
         return {key: value for key, value in task.items() if value is not None}
 
-    def checkpoint(self, given: object) -> CheckpointChoice:
+    def checkpoint(self, given: object) -> CheckpointSection:
         checkpoint = self.is_dict(given, "checkpoint")
-        self.are_known(checkpoint, vars(CheckpointChoice()), "checkpoint")
-        source = checkpoint.get("checkpoint_task_id")
+        defaults = CheckpointSection()
+        self.are_known(checkpoint, vars(defaults), "checkpoint")
+        given = {**vars(defaults), **checkpoint}
+        source, name = given["checkpoint_task_id"], given["checkpoint_name"]
         kinds = (str, Path, type(None))
         self.is_type(
             source, kinds, "checkpoint.checkpoint_task_id", "a run, a task id, a path or None"
         )
-        name = checkpoint.get("checkpoint_name", "last")
         self.is_type(name, str, "checkpoint.checkpoint_name", "a string")
-        weights_only = checkpoint.get("weights_only", False)
-        self.is_type(weights_only, bool, "checkpoint.weights_only", "True or False")
-        return CheckpointChoice(
-            str(source) if source else None, name.removesuffix(".ckpt"), weights_only
+        for key in ("weights_only", "strict"):
+            self.is_type(given[key], bool, f"checkpoint.{key}", "True or False")
+        section = CheckpointSection(
+            checkpoint_task_id=str(source) if source else None,
+            checkpoint_name=name.removesuffix(".ckpt"),
+            weights_only=given["weights_only"],
+            strict=given["strict"],
+            include=self.patterns(given["include"], "checkpoint.include"),
+            exclude=self.patterns(given["exclude"], "checkpoint.exclude"),
+            every_minutes=self.positive(
+                given["every_minutes"], "checkpoint.every_minutes", "of minutes"
+            ),
+            every_n_steps=self.at_least_one(
+                given["every_n_steps"], "checkpoint.every_n_steps", or_none=True
+            ),
+            keep=self.at_least_one(given["keep"], "checkpoint.keep"),
+            give_up_after=self.at_least_one(given["give_up_after"], "checkpoint.give_up_after"),
         )
+        partial = not section.strict or section.include or section.exclude
+        if partial and not section.weights_only:
+            raise self.error(
+                "checkpoint.strict, include and exclude choose among weights: training goes on "
+                "from a whole checkpoint",
+                "set checkpoint.weights_only to True to start from some of its weights",
+            )
+        return section
+
+    def patterns(self, given: object, name: str) -> tuple[str, ...]:
+        listed = [given] if isinstance(given, str) else given
+        self.is_type(listed, (list, tuple), name, 'a list of patterns, like ["encoder.*"]')
+        assert isinstance(listed, (list, tuple))
+        for pattern in listed:
+            self.is_type(pattern, str, f"{name}[{listed.index(pattern)}]", "a pattern, a string")
+        return tuple(listed)
+
+    def positive(self, given: object, name: str, unit: str) -> float | None:
+        if given is None:
+            return None
+        number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if not number or not given > 0:  # type: ignore[operator]
+            raise self.error(
+                f"{name} must be a positive number {unit}, or None, not {_described(given)}"
+            )
+        return float(given)  # type: ignore[arg-type]
+
+    def at_least_one(self, given: object, name: str, *, or_none: bool = False) -> Any:
+        if given is None and or_none:
+            return None
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            none = " or None" if or_none else ""
+            raise self.error(
+                f"{name} must be a whole number from 1 on{none}, not {_described(given)}"
+            )
+        return given
 
     def trainer(self, given: object) -> TrainerArguments:
         trainer = self.is_dict(given, "trainer")

@@ -23,7 +23,7 @@ from typing import IO, TextIO
 from torch_lab.errors import CheckpointError, ExitCode, Interrupted, SomeRunsFailedError, UserError
 from torch_lab.experiment import Experiment
 from torch_lab.runs import Run, artifacts_folder
-from torch_lab.signals import signals_as_exceptions
+from torch_lab.signals import stopping_on_signals
 from torch_lab.utils import shown
 
 __all__ = ["Outcome", "check", "outcome_rows", "run_all"]
@@ -82,7 +82,7 @@ def run_all(
     experiments = [Experiment.load(path) for path in paths]
     dealt = [_visible(device) for device in devices]
     pool = _Children(options, quiet=jobs > 1, devices=dealt or [None] * jobs)
-    with signals_as_exceptions(), ThreadPoolExecutor(jobs) as executor:
+    with stopping_on_signals(), ThreadPoolExecutor(jobs) as executor:
         try:
             return list(executor.map(pool.run, experiments))
         except Interrupted as interrupted:
@@ -188,7 +188,7 @@ class _Children:
             children = list(self.running)
         deadline = time.monotonic() + _GRACE
         try:
-            with signals_as_exceptions(), suppress(subprocess.TimeoutExpired):
+            with stopping_on_signals(), suppress(subprocess.TimeoutExpired):
                 for child in children:
                     child.send_signal(signum)
                 for child in children:

@@ -177,6 +177,21 @@ class TrainLabModule(LabModule):
         for collection in self.metrics.values():
             collection.reset()
 
+    def epoch_state_dict(self) -> dict[str, Any]:
+        """Return what this process has gathered of the training epoch so far, for a checkpoint.
+
+        A module of your own that keeps such sums may have this method and the next: plain values
+        and tensors, of each process its own. States of metrics are saved without it.
+        """
+        losses = self._epoch_losses.get("train")
+        return {} if losses is None else {"totals": losses.totals, "count": losses.count}
+
+    def load_epoch_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `epoch_state_dict` returned."""
+        if state:
+            totals = {name: total.to(self.device) for name, total in state["totals"].items()}
+            self._epoch_losses["train"] = _Means(totals, state["count"])
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer and, if there is one, the scheduler, in Lightning's form."""
         parameters = [
@@ -282,17 +297,17 @@ class TrainLabModule(LabModule):
 class _Means:
     """Means of losses over batches of several sizes."""
 
-    def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}
-        self.count = 0
+    def __init__(self, totals: dict[str, Tensor] | None = None, count: int = 0) -> None:
+        self.totals = totals or {}
+        self.count = count
 
     def add(self, losses: dict[str, Tensor], size: int) -> None:
         for name, value in losses.items():
-            self._totals[name] = self._totals.get(name, 0) + value.detach().float() * size
+            self.totals[name] = self.totals.get(name, 0) + value.detach().float() * size
         self.count += size
 
     def means(self) -> dict[str, Tensor]:
-        return {name: total / self.count for name, total in self._totals.items()}
+        return {name: total / self.count for name, total in self.totals.items()}
 
 
 def _split(batch: Any) -> tuple[Any, Metadata]:

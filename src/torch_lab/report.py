@@ -9,17 +9,16 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from torch_lab.hparams import DevRun
 from torch_lab.runs import Run
-from torch_lab.training import Training
+from torch_lab.training import Training, changed_hparams
 from torch_lab.utils import shown
 
 __all__ = ["closing_record", "closing_rows", "duration", "header_rows"]
 
 
-def header_rows(training: Training, dev_run: DevRun | None) -> Iterator[tuple[str, str]]:
+def header_rows(training: Training) -> Iterator[tuple[str, str]]:
     """Yield what is worth knowing before a run starts."""
-    experiment = training.experiment
+    experiment, dev_run = training.experiment, training.options.dev_run
     yield "run", f"{training.run.name}, offline"
     if dev_run is not None:
         yield "dev run", f"overfits on {dev_run}, writes no checkpoints"
@@ -27,13 +26,28 @@ def header_rows(training: Training, dev_run: DevRun | None) -> Iterator[tuple[st
         yield "layers", " > ".join(layer.path.name for layer in experiment.layers)
         differences = [str(difference) for difference in experiment.differences()]
         yield "differs", "\n".join(differences) or "in nothing from the base layer"
-    if training.source is not None:
-        how = "starts from the weights in" if training.resumed_from is None else "goes on from"
-        yield "from", f"{how} {training.source}"
+    yield from _start_rows(training)
     yield "code", str(training.code)
     yield "device", _device(training)
     yield "stops", _stops(training)
     yield "folder", shown(training.run.folder)
+
+
+def _start_rows(training: Training) -> Iterator[tuple[str, str]]:
+    """Yield what the run starts from, unless it starts from nothing."""
+    start, resume = training.start, training.options.resume
+    if resume is not None:
+        at = f"goes on at step {start.step}" if training.goes_on else "begins again"
+        yield "resumes", f"{at}, after it was {start.was}"
+        if changed := changed_hparams(resume, training.hparams):
+            yield "changed", "\n".join(changed)
+    elif training.source is not None:
+        how = "goes on from" if start.source else "starts from the weights in"
+        yield "from", f"{how} {training.source}"
+        if start.report is not None and start.report.is_partial:
+            yield "weights", str(start.report)
+    if start.changes:
+        yield "not exact", "\n".join(start.changes)
 
 
 def _device(training: Training) -> str:
@@ -76,6 +90,8 @@ def closing_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "plots", shown(run.plots_folder)
     yield "folder", shown(run.folder)
     yield "look", f"tensorboard --logdir {_quoted(run.metrics_folder)}"
+    if run.state in ("failed", "stopped") and (run.sidecar("last") or run.sidecar("previous")):
+        yield "go on", f"train {_quoted(Path(run.record.script))} --resume {run.name}"
     if run.best is not None:
         yield "use", f'torch_lab.load_weights(model, "{run.name}", name="best")'
 

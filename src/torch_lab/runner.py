@@ -5,26 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import BasePredictionWriter
 
 from torch_lab.callbacks import PredictionWriter
-from torch_lab.checkpoints import load_source, loaded_from, source_of
+from torch_lab.checkpoints import source_of
 from torch_lab.console import Console, raised_in_lightning, rendered
-from torch_lab.errors import ComponentsError, Interrupted, UserError
+from torch_lab.errors import ComponentsError, DeviceMemoryError, Interrupted, UserError
 from torch_lab.experiment import Experiment
 from torch_lab.hparams import DevRun, Hparams
-from torch_lab.loaders import prepare_loaders
+from torch_lab.loaders import Loaders
 from torch_lab.report import closing_record, closing_rows, header_rows
-from torch_lab.runs import Run
-from torch_lab.signals import signals_as_exceptions
+from torch_lab.runs import Run, artifacts_folder, find_run, latest_unfinished, runs_of
+from torch_lab.samplers import Position
+from torch_lab.signals import stopping_on_signals
 from torch_lab.training import (
+    Options,
     Training,
     build_trainer,
     failure_elsewhere,
@@ -33,10 +37,15 @@ from torch_lab.training import (
     prepared,
 )
 from torch_lab.utils import process_rank, shown
+from torch_lab.weights import load_source, loaded_from
+from torch_lab.workers import explained
 
-__all__ = ["Inference", "infer", "train"]
+__all__ = ["Inference", "infer", "train", "train_with"]
 
 log = logging.getLogger(__name__)
+
+_RESUMED = "TORCH_LAB_RESUMED"
+"""Tells the processes that are launched to train together which run goes on."""
 
 
 def train(
@@ -46,6 +55,9 @@ def train(
     debug: bool = False,
     validate: bool = True,
     as_json: bool = False,
+    resume: str | bool = False,
+    must_be_exact: bool = True,
+    trust_checkpoint: bool = False,
 ) -> Run:
     """Train the experiment of the hparams script at `path`, and return its run.
 
@@ -57,27 +69,109 @@ def train(
         debug: Detect anomalies, log debug records, and load data without worker processes.
         validate: Whether to validate once before fitting.
         as_json: Print the closing record as one line of JSON instead of a table.
+        resume: Go on with an interrupted run: its name, or True for the newest of this script.
+        must_be_exact: Refuse to go on where the end would not be the same to the bit.
+        trust_checkpoint: Read checkpoints that hold more than tensors and plain values; such a
+            file can run any code.
 
     Raises:
         UserError: A script, the hparams or the components are wrong; nothing was created.
+        DamagedError: There is no whole checkpoint to go on from.
+        NotWrittenError: Several checkpoints in a row could not be written.
         NonFiniteError: The loss became NaN or infinite.
         Interrupted: A signal asked the run to end.
     """
-    dev = DevRun.parse(dev_run) if isinstance(dev_run, (str, int, float)) else dev_run
+    experiment = _loaded(path)
+    options = Options(
+        dev_run=DevRun.parse(dev_run) if isinstance(dev_run, (str, int, float)) else dev_run,
+        debug=debug,
+        validate=validate,
+        resume=_to_resume(experiment, resume),
+        must_be_exact=must_be_exact,
+        trust=trust_checkpoint,
+    )
+    return train_with(experiment, options, as_json=as_json)
+
+
+def train_with(experiment: Experiment, options: Options, *, as_json: bool = False) -> Run:
+    """Train `experiment` with `options`, and return its run; `train` says the rest."""
     follows = process_rank() > 0
-    with Console(quiet=follows, debug=debug, as_json=as_json) as console, signals_as_exceptions():
-        training = prepared(_loaded(path), dev, debug=debug, validate=validate)
+    with (
+        Console(quiet=follows, debug=options.debug, as_json=as_json) as console,
+        stopping_on_signals() as stop,
+        _told_to_followers(options.resume),
+    ):
+        if options.resume is not None and options.resume.state == "completed":
+            log.warning("run %s is completed: there is nothing to resume", options.resume.name)
+            _show_end(console, options.resume, as_json=as_json)
+            return options.resume
+        training = prepared(experiment, options, stop)
         with contextlib.nullcontext() if follows else _recorded(training, console):
-            console.header(header_rows(training, dev))
+            console.header(header_rows(training))
             training.validate_before()
             training.fit()
             training.test_after()
             leave_process_group()
-        if as_json:
-            console.result(closing_record(training.run))
-        else:
-            console.closing(closing_rows(training.run))
+        _show_end(console, training.run, as_json=as_json)
     return training.run
+
+
+@contextlib.contextmanager
+def _told_to_followers(run: Run | None) -> Iterator[None]:
+    """Tell the processes that are launched meanwhile which run goes on."""
+    if run is None or process_rank() > 0:
+        yield
+        return
+    os.environ[_RESUMED] = run.name
+    try:
+        yield
+    finally:
+        del os.environ[_RESUMED]
+
+
+def _show_end(console: Console, run: Run, *, as_json: bool) -> None:
+    if as_json:
+        console.result(closing_record(run))
+    else:
+        console.closing(closing_rows(run))
+
+
+def _to_resume(experiment: Experiment, wanted: str | bool) -> Run | None:
+    """Return the run that is to go on, if one is."""
+    if wanted is False:
+        return None
+    artifacts = artifacts_folder(experiment.root)
+    # The process that launched this one has found it, and has made it a running one.
+    wanted = os.environ.get(_RESUMED, wanted)
+    run = _newest(artifacts, experiment) if wanted in (True, "") else _named(artifacts, str(wanted))
+    own = f"{experiment.base_name}-v{run.record.version}"
+    if run.name != own:
+        raise UserError(
+            f"run {run.name} is not one of {shown(experiment.script)}",
+            f"its runs are named {experiment.base_name}-vN; give the script that the run was of",
+        )
+    return run
+
+
+def _named(artifacts: Path, wanted: str) -> Run:
+    return latest_unfinished(artifacts, wanted) or find_run(artifacts, wanted, having="last")
+
+
+def _newest(artifacts: Path, experiment: Experiment) -> Run:
+    """Return the newest run that is unfinished, or else the newest, if it is completed."""
+    found = runs_of(artifacts, experiment.base_name)
+    if process_rank() > 0:
+        # The process of rank zero may have made it a running one already.
+        run = next((run for run in found if run.record.state != "completed"), None)
+    else:
+        run = latest_unfinished(artifacts, experiment.base_name)
+    run = run or next(iter(found), None)
+    if run is None or (run.state == "running" and process_rank() == 0):
+        why = (
+            f"the newest, {run.name}, is running" if run else "it has none yet: leave out --resume"
+        )
+        raise UserError(f"{shown(experiment.script)} has no run to resume", why)
+    return run
 
 
 def _loaded(path: str | Path | Experiment) -> Experiment:
@@ -100,6 +194,7 @@ def infer(
     debug: bool = False,
     return_predictions: bool = False,
     as_json: bool = False,
+    trust_checkpoint: bool = False,
 ) -> Inference:
     """Predict with the experiment of the hparams script at `path`.
 
@@ -109,20 +204,23 @@ def infer(
         debug: Log debug records, and load data without worker processes.
         return_predictions: Whether to keep all predictions in memory and return them.
         as_json: Print what was written as one line of JSON instead of a table.
+        trust_checkpoint: Read a checkpoint that holds more than tensors and plain values; such a
+            file can run any code.
 
     Raises:
         UserError: A script, the hparams, the arguments or the components are wrong.
         Interrupted: A signal asked it to end.
     """
     follows = process_rank() > 0
-    with Console(quiet=follows, debug=debug, as_json=as_json) as console, signals_as_exceptions():
+    with Console(quiet=follows, debug=debug, as_json=as_json) as console, stopping_on_signals():
         experiment = _loaded(path)
         words = [str(word) for word in arguments]
         hparams = experiment.hparams.for_debug() if debug else experiment.hparams
         pl.seed_everything(hparams.seed, workers=True, verbose=False)
         components = experiment.infer_components(words)
-        prepare_loaders(components.predict_dataloaders, debug=debug)
-        weights = _weights_for(components.module, hparams)
+        loaders = Loaders(Position(hparams.seed), debug=debug, timeout=hparams.loader_timeout)
+        predicted = loaders.prepare(components.predict_dataloaders, "predict")
+        weights = _weights_for(components.module, hparams, trust=trust_checkpoint)
         console.header([("infer", shown(experiment.script)), ("weights", weights)])
         callbacks = [*components.callbacks, *given_callbacks(hparams)]
         writers = [each for each in callbacks if isinstance(each, BasePredictionWriter)]
@@ -130,8 +228,8 @@ def infer(
         how = {"return_predictions": return_predictions, **hparams.trainer.predict}
         if not how["return_predictions"] and not writers:
             log.warning("no prediction writer is among the callbacks: predictions will be lost")
-        with _lightning_complaints_as_ours(experiment):
-            predictions = trainer.predict(components.module, components.predict_dataloaders, **how)
+        with _known_failures_as_ours(experiment, loaders):
+            predictions = trainer.predict(components.module, predicted, **how)
             leave_process_group()
         files = tuple(each.path for each in writers if isinstance(each, PredictionWriter))
         if as_json:
@@ -141,11 +239,11 @@ def infer(
     return Inference(files, predictions if how["return_predictions"] else None)
 
 
-def _weights_for(module: pl.LightningModule, hparams: Hparams) -> str:
+def _weights_for(module: pl.LightningModule, hparams: Hparams, *, trust: bool) -> str:
     """Load the weights that the hparams ask for, and say where they are from."""
-    source = source_of(hparams)
+    source = source_of(hparams, trust=trust)
     if source is not None:
-        load_source(module, source)
+        load_source(module, source, hparams.checkpoint)
         return str(source)
     if loaded := loaded_from(module):
         return loaded
@@ -164,23 +262,27 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
     """
     run, experiment = training.run, training.experiment
     try:
-        run.reserve()
+        training.reserve()
         console.attach(run.console_log)
-        with _lightning_complaints_as_ours(experiment):
+        with _known_failures_as_ours(experiment, training.loaders):
             run.write_sources(experiment.root, experiment.scripts, training.code.changes)
             yield
     except BaseException as raised:
-        if not run.record.version:  # Nothing is on disk yet.
+        if not training.has_folder:
             raise
         error = failure_elsewhere(run, raised) or raised
-        if isinstance(error, UserError) and not training.has_trained:
+        is_new = training.options.resume is None and not training.has_trained
+        if isinstance(error, UserError) and is_new:
             run.discard()
             raise error from None
         console.keep(rendered(error))
         with contextlib.suppress(RuntimeError):  # After an error of the device it may not answer.
             training.keep_metrics()
         state = "stopped" if isinstance(error, Interrupted) else "failed"
-        run.close(state, training.metrics, reason=_reason(error))
+        try:
+            run.close(state, training.metrics, reason=_reason(error))
+        except OSError as failure:  # Such as the full disk that ended the run.
+            log.error("%s cannot be written: %s", shown(run.folder), failure.strerror)
         console.header(closing_rows(run))
         if isinstance(error, Interrupted) and (launcher := training.trainer.strategy.launcher):
             launcher.kill(error.signum)
@@ -201,11 +303,33 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _lightning_complaints_as_ours(experiment: Experiment) -> Iterator[None]:
-    """Raise what Lightning says of settings that do not go together as a user's mistake."""
+def _known_failures_as_ours(experiment: Experiment, loaders: Loaders) -> Iterator[None]:
+    """Raise errors of ours for what others say in words that help nobody.
+
+    These are settings that do not go together, workers that died, and memory that is too small.
+    """
     try:
         yield
     except (MisconfigurationException, ValueError) as error:
         if not raised_in_lightning(error):
             raise
         raise ComponentsError(f"{shown(experiment.script)}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error, loaders) from error
+    except RuntimeError as error:
+        explanation = explained(error, loaders)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, loaders: Loaders) -> DeviceMemoryError:
+    """Return an error that says how large the batches are, and what to try."""
+    sizes = [size for facts in loaders.facts().values() if (size := facts["batch_size"])]
+    told = f" with batches of {max(sizes)}" if sizes else ""
+    half = f"batches of {max(1, max(sizes) // 2)}" if sizes else "smaller batches"
+    return DeviceMemoryError(
+        f"the device has too little memory{told}: {str(error).splitlines()[0]}",
+        f"try {half} with trainer.init.accumulate_grad_batches twice as large,\n"
+        'trainer.init.precision "bf16-mixed", or a smaller model; the run can be resumed',
+    )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -24,13 +25,15 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from torch_lab.errors import CheckpointError, UserError, did_you_mean
 from torch_lab.files import written_whole
+from torch_lab.processes import FolderLock, is_alive, process_started
+from torch_lab.redaction import masked, masked_arguments, masked_diff, masked_script, masked_text
 from torch_lab.scripts import running_script
 from torch_lab.utils import shown
 
@@ -43,11 +46,19 @@ __all__ = [
     "decoded",
     "encoded",
     "find_run",
+    "latest_unfinished",
+    "plain_name",
     "project_root",
+    "runs_of",
+    "unversioned",
 ]
+
+log = logging.getLogger(__name__)
 
 _VERSION = re.compile(r"-v(\d+)$")
 _RECORD = "run.json"
+_LOCK_WAIT_S = 20.0
+"""A run that was just told to stop may still save; what it started may outlive it for a while."""
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -71,6 +82,11 @@ def project_root(start: Path | None = None) -> Path:
 def artifacts_folder(root: Path) -> Path:
     """Return the folder that holds the runs of the project at `root`."""
     return root / "data" / "artifacts"
+
+
+def unversioned(name: str) -> str:
+    """Return the name of a run without its version."""
+    return _VERSION.sub("", name)
 
 
 @dataclass(frozen=True)
@@ -141,7 +157,7 @@ class RunRecord:
     script: str
     """Path of the hparams script."""
     hparams: dict[str, Any]
-    """The resolved hparams, with their types; see `encoded`."""
+    """The resolved hparams, with their types, without secrets; see `encoded` and `masked`."""
     seed: int
     state: str = "running"
     """One of running, completed, failed, stopped."""
@@ -149,9 +165,13 @@ class RunRecord:
     """Why it failed or stopped."""
     started: str = field(default_factory=_now)
     ended: str | None = None
-    argv: list[str] = field(default_factory=lambda: list(sys.argv))
+    argv: list[str] = field(default_factory=lambda: masked_arguments(sys.argv))
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
+    process_started: float | None = field(default_factory=process_started)
+    """When the process was started: its `pid` is given to others later."""
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+    """Each time that the run was gone on with: when, where, by which command, from which step."""
     python: str = field(default_factory=lambda: sys.version.split()[0])
     packages: dict[str, str] = field(default_factory=_installed_packages)
     commit: str | None = None
@@ -171,6 +191,10 @@ class Run:
 
     folder: Path
     record: RunRecord = field(repr=False)
+    _lock: FolderLock | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lock": None}
 
     @classmethod
     def plan(cls, artifacts: Path, base_name: str, **record: Any) -> Run:
@@ -179,15 +203,17 @@ class Run:
         Args:
             artifacts: The folder of the project's runs.
             base_name: The run's name without its version.
-            record: Fields of `RunRecord`.
+            record: Fields of `RunRecord`. Secrets in its hparams are not kept.
         """
-        return cls(artifacts / base_name, RunRecord(uuid.uuid4().hex, base_name, 0, **record))
+        hparams = masked(record.pop("hparams"))
+        planned = RunRecord(uuid.uuid4().hex, base_name, 0, hparams=hparams, **record)
+        return cls(artifacts / base_name, planned)
 
     def reserve(self) -> None:
         """Take the next version of the run's name, and create its folder with the record in it.
 
         Creating the folder is what reserves the version: of two launches in the same instant one
-        fails to, and takes the next.
+        fails to, and takes the next. It is locked until the run is closed or its process ends.
 
         Raises:
             UserError: The folder cannot be created.
@@ -213,6 +239,73 @@ class Run:
             except FileExistsError:
                 version += 1
         self.folder, self.record.name, self.record.version = folder, folder.name, version
+        self.lock(wait_s=0.0)
+
+    def lock(self, wait_s: float = _LOCK_WAIT_S) -> None:
+        """Keep other processes from training this run, until it is closed or this process ends.
+
+        Args:
+            wait_s: How long to wait for a process that has it.
+
+        Raises:
+            UserError: Another process has it.
+            OSError: Nothing can be written in the folder.
+        """
+        lock = FolderLock(self.folder)
+        if not lock.take():
+            log.info("%s is in use by %s; waiting for its end", self.name, self._owner())
+            if not lock.take(wait_s):
+                raise UserError(f"run {self.name} is being trained by {self._owner()}")
+        self._lock = lock
+
+    def join(self) -> None:
+        """Hold the lock in a process that the run's own one started, and that writes to the run."""
+        self._lock = FolderLock(self.folder)
+        self._lock.join()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _owner(self) -> str:
+        record = Run.read(self.folder).record
+        return f"process {record.pid} on host {record.host}"
+
+    def reopen(self, from_step: int | None = None) -> None:
+        """Go on with a run that has ended: lock it, and record that this process trains it.
+
+        Args:
+            from_step: The step that training goes on from, if that is known.
+
+        Raises:
+            UserError: Another process has it, or has completed it by now.
+        """
+        try:
+            self.lock()
+            self._reopen(from_step)
+        except OSError as error:
+            raise UserError(f"cannot go on with {self.name}: {error.strerror}") from None
+
+    def _reopen(self, from_step: int | None) -> None:
+        # What it was when it was looked at may have changed while waiting for the lock.
+        before = Run.read(self.folder).record
+        if before.state == "completed":
+            self._unlock()
+            raise UserError(f"run {self.name} is completed")
+        host, pid, argv = socket.gethostname(), os.getpid(), masked_arguments(sys.argv)
+        resumed = {"when": _now(), "host": host, "pid": pid, "argv": argv, "from_step": from_step}
+        self.record = replace(
+            before,
+            state="running",
+            reason=None,
+            ended=None,
+            host=host,
+            pid=pid,
+            process_started=process_started(),
+            resumed=[*before.resumed, resumed],
+        )
+        self.write()
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -256,8 +349,14 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One of running, completed, failed, stopped."""
-        return self.record.state
+        """One of running, completed, failed, stopped; lost if its process ended without a word.
+
+        Of a process on another host nothing is known: there a run stays running.
+        """
+        record = self.record
+        here = record.state == "running" and record.host == socket.gethostname()
+        lost = here and not is_alive(record.pid, record.process_started)
+        return "lost" if lost else record.state
 
     @property
     def hparams(self) -> dict[str, Any]:
@@ -285,12 +384,12 @@ class Run:
         return _checkpoint(self.folder, name)
 
     def sidecar(self, name: str) -> dict[str, Any] | None:
-        """Return what the sidecar of the checkpoint `name` says, if there is one."""
+        """Return what the sidecar of the checkpoint `name` says, if there is one to be read."""
         try:
             text = self.checkpoint(name).with_suffix(".json").read_text(encoding="utf-8")
-        except FileNotFoundError:
+            found: dict[str, Any] = json.loads(text)
+        except (OSError, ValueError):
             return None
-        found: dict[str, Any] = json.loads(text)
         return found
 
     def write(self) -> None:
@@ -301,34 +400,57 @@ class Run:
             file.write_text(text + "\n", encoding="utf-8")
 
     def write_sources(self, root: Path, scripts: Iterable[Path], changes: bytes) -> None:
-        """Copy `scripts` by their paths below `root`, and write the uncommitted `changes`."""
+        """Copy `scripts` by their paths below `root`, and write the uncommitted `changes`.
+
+        What looks like a secret in them is masked.
+        """
         sources = self.folder / "sources"
-        sources.mkdir()
+        sources.mkdir(exist_ok=True)
         for script in scripts:
-            below = script.is_relative_to(root)
-            target = sources / (
-                script.relative_to(root) if below else script.relative_to(script.anchor)
-            )
+            # A `..` in it would lead out of the folder.
+            path = script if ".." not in script.parts else script.resolve()
+            below = path.relative_to(root if path.is_relative_to(root) else path.anchor)
+            target = sources / below
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(script, target)
+            target.write_bytes(masked_script(path.read_bytes()))
         if changes:
-            (sources / "changes.diff").write_bytes(changes)
+            (sources / "changes.diff").write_bytes(masked_diff(changes))
 
     def close(self, state: str, metrics: Mapping[str, float], reason: str | None = None) -> None:
         """Record how the run ended."""
         self.record.state = state
         self.record.metrics = dict(metrics)
-        self.record.reason = reason
+        self.record.reason = reason and masked_text(reason)
         self.record.ended = _now()
-        self.write()
+        try:
+            self.write()
+        finally:
+            self._unlock()
 
     def discard(self) -> None:
         """Remove the run from disk, for mistakes that are found after its folder was made."""
         assert self.record.version, "what was not reserved is not ours to remove"
+        self._unlock()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def plain_name(name: str, kind: str) -> str:
+    """Return `name`, which is to become a part of a path, if it leads nowhere else.
+
+    Args:
+        name: What a user or a file gave as a name.
+        kind: What it names, for the error: "a checkpoint's name".
+
+    Raises:
+        CheckpointError: It is a path.
+    """
+    if name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+        raise CheckpointError(f"{name!r}: expected {kind}, not a path")
+    return name
+
+
 def _checkpoint(folder: Path, name: str) -> Path:
+    plain_name(name, "a checkpoint's name")
     return folder / "checkpoints" / f"{name.removesuffix('.ckpt')}.ckpt"
 
 
@@ -337,6 +459,23 @@ def _versions(artifacts: Path, base_name: str) -> Iterator[int]:
         match = _VERSION.search(entry.name)
         if match and entry.name[: match.start()] == base_name:
             yield int(match[1])
+
+
+def runs_of(artifacts: Path, base_name: str) -> list[Run]:
+    """Return the runs of a name without version, newest first; what holds no run is left out."""
+    plain_name(base_name, "a run's name")
+    versions = sorted(_versions(artifacts, base_name), reverse=True) if artifacts.is_dir() else []
+    found = []
+    for version in versions:
+        with contextlib.suppress(CheckpointError):
+            found.append(Run.read(artifacts / f"{base_name}-v{version}"))
+    return found
+
+
+def latest_unfinished(artifacts: Path, base_name: str) -> Run | None:
+    """Return the newest run of a name without version that failed, was stopped or is lost."""
+    unfinished = ("failed", "stopped", "lost")
+    return next((run for run in runs_of(artifacts, base_name) if run.state in unfinished), None)
 
 
 def find_run(artifacts: Path, wanted: str, having: str) -> Run:
@@ -351,6 +490,7 @@ def find_run(artifacts: Path, wanted: str, having: str) -> Run:
     Raises:
         CheckpointError: There is no such run.
     """
+    plain_name(wanted, "a run's name")
     folders = [record.parent for record in artifacts.glob(f"*/{_RECORD}")]
     names = {folder.name: folder for folder in folders}
     if wanted in names:
@@ -358,11 +498,17 @@ def find_run(artifacts: Path, wanted: str, having: str) -> Run:
     versions = sorted(_versions(artifacts, wanted), reverse=True) if folders else []
     if versions:
         candidates = [artifacts / f"{wanted}-v{version}" for version in versions]
-        complete = (folder for folder in candidates if _checkpoint(folder, having).is_file())
+        # What takes the place of a damaged `last` counts as well.
+        serving = [having, "previous"] if having == "last" else [having]
+        complete = (
+            folder
+            for folder in candidates
+            if any(_checkpoint(folder, name).is_file() for name in serving)
+        )
         return Run.read(next(complete, candidates[0]))
     if re.fullmatch(r"[0-9a-f]{32}", wanted):
         return _run_with_id(folders, wanted, artifacts)
-    base_names = {_VERSION.sub("", name) for name in names}
+    base_names = {unversioned(name) for name in names}
     raise CheckpointError(
         f"there is no run {wanted!r} in {shown(artifacts)}"
         f"{did_you_mean(wanted, base_names | set(names))}",

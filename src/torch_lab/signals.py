@@ -1,53 +1,76 @@
-"""Signals that ask a run to end, as exceptions: the first asks, a second one insists."""
+"""Signals that ask a run to end: the first asks, a second one insists."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
 from torch_lab.errors import Interrupted
 
-__all__ = ["signals_as_exceptions"]
+__all__ = ["StopRequest", "stopping_on_signals"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_ASKED = b"\nstopping after this batch; a second signal ends the run at once\n"
+
+
+class StopRequest:
+    """The wish that a run ends, made by a signal.
+
+    It is raised as `Interrupted` where the signal finds the program, unless `deferred` is set:
+    then whoever set it calls `answer` at a point of its choice.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.deferred = False
+        self._owner = os.getpid()
+
+    def answer(self) -> None:
+        """Raise `Interrupted` if there was a signal."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    def take(self, signum: int, frame: FrameType | None) -> None:
+        """Answer a signal: what `signal.signal` is given.
+
+        A second one ends the process at once: whoever insists does not want to wait for files.
+        """
+        if os.getpid() != self._owner:
+            _end_forked_process(signum)
+        if self.signum is not None:
+            os._exit(128 + signum)
+        self.signum = signum
+        if not self.deferred:
+            raise Interrupted(signum)
+        # No `print`: the signal may have found the program in the middle of one.
+        with contextlib.suppress(OSError):
+            os.write(2, _ASKED)
 
 
 @contextlib.contextmanager
-def signals_as_exceptions() -> Iterator[None]:
-    """Raise `Interrupted` in the main thread on SIGINT, SIGTERM and SIGHUP.
+def stopping_on_signals() -> Iterator[StopRequest]:
+    """Yield the wish to end that SIGINT, SIGTERM, SIGHUP and SIGUSR1 make.
 
-    A second signal, while the first is still being answered, ends the process at once. A signal
-    that the process was started to ignore (`nohup`) stays ignored. Other threads than the main one
-    cannot have signal handlers: there the signals do what they did before.
+    A signal that the process was started to ignore (`nohup`) stays ignored. Other threads than the
+    main one cannot have signal handlers: there the signals do what they did before.
     """
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
     before = {each: signal.getsignal(each) for each in _SIGNALS}
     answered = [each for each, handler in before.items() if handler not in (None, signal.SIG_IGN)]
-    handler = functools.partial(_interrupt, os.getpid(), answered)
     for each in answered:
-        signal.signal(each, handler)
+        signal.signal(each, stop.take)
     try:
-        yield
+        yield stop
     finally:
         for each in answered:
             signal.signal(each, before[each])
-
-
-def _interrupt(
-    owner: int, answered: Iterable[signal.Signals], signum: int, frame: FrameType | None
-) -> None:
-    if os.getpid() != owner:
-        _end_forked_process(signum)
-    for each in answered:
-        signal.signal(each, signal.SIG_DFL)
-    raise Interrupted(signum)
 
 
 def _end_forked_process(signum: int) -> None:

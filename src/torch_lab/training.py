@@ -25,29 +25,31 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from torch_lab import errors
 from torch_lab.callbacks import EpochProgress, MetricPlots, NanMonitor
-from torch_lab.checkpoints import (
-    AtomicCheckpointIO,
-    CheckpointWriter,
-    Source,
-    check_fits,
-    load_source,
-    source_of,
-)
+from torch_lab.checkpoints import AtomicCheckpointIO, Source, resumable, source_of
 from torch_lab.components import TrainComponents
 from torch_lab.console import Console, is_open
-from torch_lab.errors import HparamsError, TorchLabError, UserError, did_you_mean
+from torch_lab.errors import CheckpointError, HparamsError, TorchLabError, UserError, did_you_mean
+from torch_lab.exact import STATE, ExactResume, changed_conditions
 from torch_lab.experiment import Experiment
 from torch_lab.files import written_whole
 from torch_lab.hparams import DevRun, Hparams
-from torch_lab.loaders import prepare_datamodule, prepare_loaders
+from torch_lab.loaders import Loaders
 from torch_lab.modules import TrainLabModule
-from torch_lab.recording import MetricsLogger
+from torch_lab.recording import MetricsLogger, cut_back
+from torch_lab.redaction import masked
 from torch_lab.runs import CodeState, Run, artifacts_folder, code_state, encoded
-from torch_lab.utils import process_rank, shown
+from torch_lab.samplers import Position
+from torch_lab.saving import CheckpointWriter
+from torch_lab.signals import StopRequest
+from torch_lab.utils import flattened, process_rank, shown
+from torch_lab.weights import LoadReport, check_fits, load_source
 
 __all__ = [
+    "Options",
+    "Start",
     "Training",
     "build_trainer",
+    "changed_hparams",
     "failure_elsewhere",
     "given_callbacks",
     "leave_process_group",
@@ -56,8 +58,29 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_NOTHING = object()
 _FAILURE = ".failure.json"
 """Where a process tells the one that started it what went wrong."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line, or a caller, adds to the hparams of a training."""
+
+    dev_run: DevRun | None = None
+    debug: bool = False
+    validate: bool = True
+    """Whether to validate once before fitting."""
+    resume: Run | None = None
+    """The run to go on with, instead of a new one."""
+    must_be_exact: bool = True
+    """Whether a run may only be gone on with where it ends with the same bits."""
+    trust: bool = False
+    """Whether checkpoints may hold code."""
+    callbacks: Sequence[pl.Callback] = ()
+    """More of them, such as those that record a run to compare it with another."""
+    artifacts: Path | None = None
+    """Where the run's folder is made; the project's artifacts folder if not given."""
 
 
 @dataclass
@@ -71,10 +94,12 @@ class Training:
     run: Run
     logger: MetricsLogger
     trainer: pl.Trainer
-    validates: bool
-    first_step: int = 0
-    """The step that training goes on from; 0 if it starts anew."""
+    loaders: Loaders
+    options: Options
+    start: Start
     metrics: dict[str, float] = field(default_factory=dict)
+    has_folder: bool = False
+    """Whether the run's folder is taken."""
 
     @property
     def hparams(self) -> Hparams:
@@ -82,27 +107,31 @@ class Training:
         return self.experiment.hparams
 
     @property
-    def resumed_from(self) -> Path | None:
-        """The checkpoint that training goes on from in full."""
-        if self.source is None or self.hparams.checkpoint.weights_only:
-            return None
-        return self.source.path
+    def goes_on(self) -> bool:
+        """Whether an interrupted run goes on that has trained already."""
+        return self.start.marks is not None
+
+    def reserve(self) -> None:
+        """Take the run's folder: a new one, or that of the run that goes on."""
+        if self.options.resume is None:
+            self.run.reserve()
+            self.has_folder = True
+            return
+        self.run.reopen(self.start.step if self.goes_on else None)
+        self.has_folder = True
+        cut_back(self.run.metrics_folder, self.start.marks or {})
 
     def validate_before(self) -> None:
         """Validate once, for the baseline point of the curves, if wanted and if there is data."""
         components = self.components
-        if not self.validates or "val_dataloader" not in components.hooks:
+        has_data = "val_dataloader" in components.hooks
+        if self.goes_on or not self.options.validate or not has_data:
             return
         data = {"datamodule": components.datamodule, "dataloaders": components.val_dataloaders}
         arguments = {"verbose": False, **self.hparams.trainer.validate}
-        self.logger.first_step = self.first_step
+        self.logger.first_step = self.start.step
         self._seed()
-        self.trainer.validate(
-            components.module,
-            **data,
-            **_weights(self.resumed_from),
-            **arguments,
-        )
+        self.trainer.validate(components.module, **data, **self.start.arguments, **arguments)
         self.logger.first_step = 0
         self._check_monitors(_numbers(self.trainer.callback_metrics))
 
@@ -116,7 +145,7 @@ class Training:
         }
         # Again, so that the baseline validation changes nothing in what follows.
         self._seed()
-        self.trainer.fit(components.module, **data, **_weights(self.resumed_from))
+        self.trainer.fit(components.module, **data, **self.start.arguments)
         self.keep_metrics()
 
     def test_after(self) -> None:
@@ -126,19 +155,20 @@ class Training:
             return
         data = {"datamodule": components.datamodule, "dataloaders": components.test_dataloaders}
         best = self.run.checkpoint("best")
-        weights = _weights(best if best.is_file() else None)
         arguments = {"verbose": False, **self.hparams.trainer.test}
-        self.trainer.test(components.module, **data, **weights, **arguments)
+        if best.is_file():
+            arguments |= {"ckpt_path": best, "weights_only": True}
+        self.trainer.test(components.module, **data, **arguments)
         self.keep_metrics()
 
     @property
     def has_trained(self) -> bool:
         """Whether a step was made."""
-        return self.trainer.global_step not in (0, self.first_step)
+        return self.trainer.global_step not in (0, self.start.step)
 
     def keep_metrics(self) -> None:
         """Keep the last value of everything that was logged."""
-        self.metrics |= _numbers(self.trainer.callback_metrics)
+        self.metrics = _numbers({**self.metrics, **self.trainer.callback_metrics})
 
     def _seed(self) -> None:
         pl.seed_everything(self.hparams.seed, workers=True, verbose=False)
@@ -171,9 +201,30 @@ class Training:
             )
 
 
-def _weights(checkpoint: Path | None) -> dict[str, Any]:
-    """Return the arguments with which a call of the `Trainer` reads `checkpoint`."""
-    return {"ckpt_path": checkpoint, "weights_only": True} if checkpoint else {}
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from; nothing, unless a checkpoint is given."""
+
+    step: int = 0
+    source: Source | None = None
+    """The checkpoint that it goes on from in full."""
+    report: LoadReport | None = None
+    """Which weights were loaded, if these alone were wanted."""
+    marks: Mapping[str, int] | None = None
+    """Where the event files ended at the checkpoint of a run that goes on."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The last values that such a run had logged."""
+    was: str = ""
+    """The state of a run that goes on, before it did."""
+    changes: tuple[str, ...] = ()
+    """Why the run does not end as it would have without the interruption."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments with which a call of the `Trainer` reads the checkpoint."""
+        if self.source is None:
+            return {}
+        return {"ckpt_path": self.source.path, "weights_only": not self.source.trusted}
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -182,41 +233,56 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(metrics[name]) for name in names}
 
 
-def prepared(
-    experiment: Experiment, dev: DevRun | None, *, debug: bool, validate: bool
-) -> Training:
+def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Training:
     """Return the training that `experiment` asks for, after every check that creates nothing.
 
     Args:
         experiment: The loaded experiment.
-        dev: How much to overfit on, if this is a development run.
-        debug: Whether to detect anomalies, and load data in this process.
-        validate: Whether to validate once before fitting.
+        options: What is wanted beside its hparams.
+        stop: The wish to end the run, answered where it can be gone on with exactly.
 
     Raises:
         UserError: A script, the hparams, the components or the checkpoint are wrong.
     """
     hparams = experiment.hparams
-    hparams = hparams.for_dev_run(dev) if dev else hparams
-    hparams = hparams.for_debug() if debug else hparams
+    hparams = hparams.for_dev_run(options.dev_run) if options.dev_run else hparams
+    hparams = hparams.for_debug() if options.debug else hparams
     experiment = replace(experiment, hparams=hparams)
     # Before the components are built: it decides on the weights that they start with.
     pl.seed_everything(hparams.seed, workers=True, verbose=False)
     components = experiment.train_components()
-    _prepare_data(components, debug=debug)
-    source = source_of(hparams)
-    first_step = _start(components.module, source, hparams)
+    position = Position(hparams.seed)
+    components, loaders = _with_loaders(components, hparams, position, debug=options.debug)
+    source = _source(hparams, options)
     code = code_state(experiment.root)
-    run = _planned(experiment, code, source, "dev_" if dev else "")
+    run = options.resume or _planned(experiment, code, source, options)
     logger = MetricsLogger(run)
-    callbacks = _train_callbacks(hparams, run, components)
+    refuses = options.resume is not None and options.must_be_exact
+    exact = ExactResume(hparams.seed, position, loaders, stop, refuses_changes=refuses)
+    callbacks = _train_callbacks(hparams, run, components, logger, exact, options)
     # The baseline validation does what Lightning's sanity check is for.
-    defaults = {"logger": logger} | ({"num_sanity_val_steps": 0} if validate else {})
-    trainer = build_trainer(hparams, callbacks, run.folder.parent, **defaults)
-    _check_rank(trainer, hparams)
-    return Training(
-        experiment, components, source, code, run, logger, trainer, validate, first_step
+    defaults = {"logger": logger} | ({"num_sanity_val_steps": 0} if options.validate else {})
+    trainer = build_trainer(
+        hparams, callbacks, run.folder.parent, lightning_shards=False, **defaults
     )
+    _check_rank(trainer, hparams)
+    start = _start(components.module, source, hparams, options, exact.conditions(trainer))
+    return Training(
+        *(experiment, components, source, code, run, logger, trainer, loaders, options, start),
+        metrics=dict(start.metrics),
+    )
+
+
+def _source(hparams: Hparams, options: Options) -> Source | None:
+    """Return the checkpoint to start from: of the run that goes on, or what the hparams name."""
+    if options.resume is not None:
+        if found := resumable(options.resume, trust=options.trust):
+            return found
+        log.warning(
+            "run %s has written no checkpoint yet: it begins again from its start",
+            options.resume.name,
+        )
+    return source_of(hparams, trust=options.trust)
 
 
 def _check_rank(trainer: pl.Trainer, hparams: Hparams) -> None:
@@ -228,28 +294,66 @@ def _check_rank(trainer: pl.Trainer, hparams: Hparams) -> None:
         )
 
 
-def _start(module: pl.LightningModule, source: Source | None, hparams: Hparams) -> int:
-    """Return the step to start from; weights are loaded already if only they are wanted."""
+def _start(
+    module: pl.LightningModule,
+    source: Source | None,
+    hparams: Hparams,
+    options: Options,
+    conditions: Mapping[str, Any],
+) -> Start:
+    """Return what to start from; weights are loaded already if only they are wanted."""
+    resumed = options.resume
+    was = resumed.state if resumed else ""
     if source is None:
-        return 0
-    if hparams.checkpoint.weights_only:
-        load_source(module, source)
-        return 0
+        return Start(was=was)
+    is_own = resumed and source.run and source.run.record.id == resumed.record.id
+    if hparams.checkpoint.weights_only and not is_own:
+        return Start(report=load_source(module, source, hparams.checkpoint), was=was)
     check_fits(module, source)
-    return source.resumable_step(hparams.trainer.init)
+    found = source.load()
+    state = found.get(STATE, {})
+    changes = tuple(changed_conditions(state.get("conditions", {}), conditions))
+    if not is_own:
+        step = source.resumable_step(hparams.trainer.init)
+        return Start(step, source, was=was, changes=changes)
+    if changes and options.must_be_exact:
+        raise CheckpointError(
+            f"{source} cannot go on exactly: {'; '.join(changes)}",
+            "undo the change, or give --not-exact to go on all the same",
+        )
+    metrics = _numbers(state["logged"]["callback"])
+    step = int(found["global_step"])
+    return Start(step, source, None, state["marks"], metrics, was, changes)
 
 
-def _prepare_data(components: TrainComponents, *, debug: bool) -> None:
+def _with_loaders(
+    components: TrainComponents, hparams: Hparams, position: Position, *, debug: bool
+) -> tuple[TrainComponents, Loaders]:
+    """Return the components with their loaders fitted for a run, and what does so."""
+    shard = bool(hparams.trainer.init.get("use_distributed_sampler", True))
+    overfit = bool(hparams.trainer.init.get("overfit_batches"))
+    loaders = Loaders(
+        position, debug=debug, timeout=hparams.loader_timeout, shard=shard, overfit=overfit
+    )
     if components.datamodule is not None:
-        prepare_datamodule(components.datamodule, debug=debug)
-    loaders = (components.train_dataloaders, components.val_dataloaders)
-    prepare_loaders([*loaders, components.test_dataloaders], debug=debug)
+        loaders.prepare_datamodule(components.datamodule)
+    return (
+        replace(
+            components,
+            train_dataloaders=loaders.prepare(components.train_dataloaders, "train"),
+            val_dataloaders=loaders.prepare(components.val_dataloaders, "validate"),
+            test_dataloaders=loaders.prepare(components.test_dataloaders, "test"),
+        ),
+        loaders,
+    )
 
 
-def _planned(experiment: Experiment, code: CodeState, source: Source | None, prefix: str) -> Run:
+def _planned(
+    experiment: Experiment, code: CodeState, source: Source | None, options: Options
+) -> Run:
     return Run.plan(
-        artifacts_folder(experiment.root),
-        prefix + experiment.base_name,
+        options.artifacts or artifacts_folder(experiment.root),
+        ("dev_" if options.dev_run else "") + experiment.base_name,
         experiment=experiment.name,
         script=str(experiment.script),
         hparams=encoded(experiment.hparams.as_dict()),
@@ -261,16 +365,41 @@ def _planned(experiment: Experiment, code: CodeState, source: Source | None, pre
     )
 
 
-def _train_callbacks(hparams: Hparams, run: Run, components: TrainComponents) -> list[pl.Callback]:
+def changed_hparams(run: Run, hparams: Hparams) -> list[str]:
+    """Return what differs from the hparams that `run` was started with, one line each."""
+    before, now = (flattened(side) for side in (run.record.hparams, _recorded(hparams)))
+    return [
+        f"{key} {before.get(key, 'nothing')!r} -> {now.get(key, 'nothing')!r}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key, _NOTHING) != now.get(key, _NOTHING)
+    ]
+
+
+def _recorded(hparams: Hparams) -> dict[str, Any]:
+    """Return `hparams` as a run's record has them."""
+    found: dict[str, Any] = masked(encoded(hparams.as_dict()))
+    return found
+
+
+def _train_callbacks(
+    hparams: Hparams,
+    run: Run,
+    components: TrainComponents,
+    logger: MetricsLogger,
+    exact: ExactResume,
+    options: Options,
+) -> list[pl.Callback]:
     return [
         _Process(run),
+        exact,
         NanMonitor(),
         # No lambda: callbacks are pickled on their way to spawned processes.
         MetricPlots(functools.partial(getattr, run, "plots_folder")),
         *components.callbacks,
         *given_callbacks(hparams),
+        *options.callbacks,
         # The last one, as what the others do belongs into a checkpoint.
-        CheckpointWriter(run, hparams.monitor, hparams.monitor_mode),
+        CheckpointWriter(run, hparams.checkpoint, hparams.monitor, hparams.monitor_mode, logger),
     ]
 
 
@@ -293,6 +422,8 @@ class _Process(pl.Callback):
         trainer._default_root_dir = str(self.run.folder)  # type: ignore[attr-defined]
         self.on_term = signal.getsignal(signal.SIGTERM)
         if os.getpid() != self.launcher:
+            if trainer.is_global_zero:
+                self.run.join()
             self._open_console(quiet=not trainer.is_global_zero)
             multiprocessing.util.Finalize(None, leave_process_group, exitpriority=0)
 
@@ -365,7 +496,12 @@ def given_callbacks(hparams: Hparams) -> list[pl.Callback]:
 
 
 def build_trainer(
-    hparams: Hparams, callbacks: Sequence[pl.Callback], root: Path, **defaults: Any
+    hparams: Hparams,
+    callbacks: Sequence[pl.Callback],
+    root: Path,
+    *,
+    lightning_shards: bool = True,
+    **defaults: Any,
 ) -> pl.Trainer:
     """Return the `Trainer` that the hparams ask for, with `callbacks` and what torch_lab adds.
 
@@ -373,12 +509,15 @@ def build_trainer(
         hparams: Their `trainer.init` overrides `defaults`; its callbacks are not looked at.
         callbacks: All callbacks of this run.
         root: Where Lightning may leave what it has no other place for.
+        lightning_shards: Whether Lightning may deal samples out among processes.
         defaults: Further keyword arguments of the `Trainer`.
 
     Raises:
         HparamsError: Lightning refuses a value.
     """
     init = {"logger": False, **defaults, **hparams.trainer.init}
+    if not lightning_shards:
+        init["use_distributed_sampler"] = False
     if init.get("enable_checkpointing") is False or init.get("fast_dev_run"):
         callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
     init["enable_checkpointing"] = _has(callbacks, Checkpoint)

@@ -36,7 +36,7 @@ class NanMonitor(pl.Callback):
     metadata, or else positions in the batch), and how many values it is.
 
     A finite loss can have infinite gradients, so a full checkpoint is refused too when trainable
-    parameters in it are not finite.
+    parameters in it are not finite; named are then the samples of the step that made them so.
 
     Raises:
         NonFiniteError: From the training step or the checkpoint that meets such a value.
@@ -44,9 +44,10 @@ class NanMonitor(pl.Callback):
 
     def __init__(self) -> None:
         self._batch: Any = None
+        self._ids_before: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_batch": None}
+        return {"_batch": None, "_ids_before": None}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -57,7 +58,12 @@ class NanMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         if not _is_finite(loss):
-            raise _explained(trainer, pl_module, self._batch, loss)
+            raise _explained(trainer, pl_module, self._batch, loss, self._step_before())
+
+    def _step_before(self) -> str:
+        """Name the samples of the step before, if they have names."""
+        ids = _as_list(self._ids_before)
+        return f", made so by the step before with {_samples(ids, range(len(ids)))}" if ids else ""
 
     def on_train_batch_end(
         self,
@@ -68,11 +74,12 @@ class NanMonitor(pl.Callback):
         batch_idx: int,
     ) -> None:
         self._batch = None
+        self._ids_before = _ids(batch)
         # A module that optimises by itself may run the backward pass without Lightning.
         if not pl_module.automatic_optimization and isinstance(outputs, Mapping):
             loss = outputs.get("loss")
             if isinstance(loss, Tensor) and not _is_finite(loss):
-                raise _explained(trainer, pl_module, batch, loss)
+                raise _explained(trainer, pl_module, batch, loss, "")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -80,7 +87,7 @@ class NanMonitor(pl.Callback):
         if bad := _bad_parameters(pl_module):
             raise NonFiniteError(
                 f"the weights are not finite after step {trainer.global_step}, so no checkpoint "
-                f"is written of them: {_listing(bad)}",
+                f"is written of them: {_listing(bad)}{self._step_before()}",
                 MEND_STEPS,
             )
 
@@ -98,11 +105,16 @@ class _Finding:
         count = f"{self.values} value{'s' * (self.values > 1)}"
         if not self.samples:
             return f"{self.name} ({count})"
-        word = "batch position" if ids is None else "sample"
-        shown = [str(i if ids is None else ids[i]) for i in self.samples[:MOST_NAMED]]
-        more = len(self.samples) - len(shown)
-        text = ", ".join(shown) + (f" and {more} more" if more else "")
-        return f"{self.name} ({count}, in {word}{'s' * (len(self.samples) > 1)} {text})"
+        return f"{self.name} ({count}, in {_samples(ids, self.samples)})"
+
+
+def _samples(ids: Sequence[Any] | None, positions: Sequence[int]) -> str:
+    """Name the samples at `positions` of a batch, by their `ids` if they have some."""
+    word = "batch position" if ids is None else "sample"
+    shown = [str(i if ids is None else ids[i]) for i in positions[:MOST_NAMED]]
+    more = len(positions) - len(shown)
+    text = ", ".join(shown) + (f" and {more} more" if more else "")
+    return f"{word}{'s' * (len(positions) > 1)} {text}"
 
 
 def _is_finite(loss: Tensor) -> bool:
@@ -112,10 +124,10 @@ def _is_finite(loss: Tensor) -> bool:
 
 
 def _explained(
-    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, loss: Tensor
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, loss: Tensor, step_before: str
 ) -> NonFiniteError:
     """Return the error that says where the loss got its value from, as far as can be found."""
-    cause, hint = _cause(trainer, module, batch)
+    cause, hint = _cause(trainer, module, batch, step_before)
     value = "NaN" if loss.isnan().any() else "infinite"
     parts = ", ".join(_bad_parts(trainer))
     return NonFiniteError(
@@ -137,7 +149,9 @@ def _bad_parts(trainer: pl.Trainer) -> list[str]:
     ]
 
 
-def _cause(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> tuple[str, str]:
+def _cause(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, step_before: str
+) -> tuple[str, str]:
     parts = _parts(batch)
     tensors = dict(found for name, part in parts.items() for found in _tensors(part, name))
     size = next((len(tensor) for tensor in tensors.values() if tensor.ndim), 0)
@@ -145,7 +159,7 @@ def _cause(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> tuple
     if bad := _bad(tensors, size):
         return f"not finite in the batch: {_listing(bad, ids)}", MEND_INPUTS
     if bad := _bad_parameters(module):
-        return f"not finite among the parameters: {_listing(bad)}", MEND_STEPS
+        return f"not finite among the parameters: {_listing(bad)}{step_before}", MEND_STEPS
     try:
         predictions = dict(_tensors(_predictions(trainer, module, batch), "the prediction"))
     except Exception:
@@ -208,11 +222,21 @@ def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 def _sample_ids(parts: Iterable[Any], size: int) -> Sequence[Any] | None:
     """Return the samples' `idx` out of the metadata, if there is one for each."""
     for part in parts:
-        ids = part.get("idx") if isinstance(part, Mapping) else None
-        ids = ids.tolist() if isinstance(ids, Tensor) else ids
-        if isinstance(ids, (list, tuple)) and len(ids) == size:
+        ids = _as_list(part.get("idx") if isinstance(part, Mapping) else None)
+        if ids and len(ids) == size:
             return ids
     return None
+
+
+def _ids(batch: Any) -> Any:
+    """Return the `idx` in the metadata of a batch: nothing else of it is kept in memory."""
+    md = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
+    return md.get("idx") if isinstance(md, Mapping) else None
+
+
+def _as_list(ids: Any) -> list[Any]:
+    listed = ids.tolist() if isinstance(ids, Tensor) else ids
+    return list(listed) if isinstance(listed, (list, tuple)) else []
 
 
 def _predictions(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:

@@ -1,0 +1,619 @@
+"""Exact resume: a run that was interrupted ends with the same bits as one that was not.
+
+Nothing random has a history here. Generators are seeded at the start of each batch, from the seed,
+the epoch and the batch's number; so a checkpoint holds no generator, and no state of a loader. What
+it does hold, beside what Lightning saves, is what an epoch has gathered so far: the states of
+metrics, the sums behind logged means, gradients that are still being accumulated.
+
+Lightning cannot go on from any point, and from some it goes on wrongly. A checkpoint is therefore
+written only between two batches or two epochs, or before a validation, with the counters of the
+loops as they stand there; and going on from it sets the loops to that very point.
+
+All that is private to Lightning and used for this is in this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from torch_lab.errors import CheckpointError, Interrupted
+from torch_lab.loaders import Loaders
+from torch_lab.samplers import Position
+from torch_lab.saving import CheckpointWriter, Point
+from torch_lab.seeds import Stream, derived, seed_generators
+from torch_lab.signals import StopRequest
+
+__all__ = ["STATE", "ExactResume", "changed_conditions"]
+
+log = logging.getLogger(__name__)
+
+STATE: Final = "torch_lab_exact"
+"""The key of our state in a checkpoint."""
+_SECONDS_BETWEEN_AGREEMENTS = 0.25
+
+
+class ExactResume(pl.Callback):
+    """Finds the points where a checkpoint is exact, has it written there, and goes on from it.
+
+    It must be the first callback: a point is reached when all of the others have done their work
+    for what lies before it, and none for what lies behind it.
+
+    Args:
+        seed: The seed of the run.
+        position: What the samplers of the training data read.
+        loaders: The loaders; they may have a state of their own.
+        stop: The wish to end the run, answered at the next point.
+        refuses_changes: Whether data that is not that of the checkpoint ends the run.
+
+    Raises:
+        CheckpointError: It does.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        position: Position,
+        loaders: Loaders,
+        stop: StopRequest,
+        *,
+        refuses_changes: bool = False,
+    ) -> None:
+        self.seed = seed
+        self.position = position
+        self.loaders = loaders
+        self.stop = stop
+        self.refuses_changes = refuses_changes
+        self._restored: dict[str, Any] | None = None
+        self._seen_batches: dict[int, int] | None = None
+        self._before_validation: dict[str, Any] = {}
+        self._agreement = _Agreement()
+        self._is_new = False
+
+    # Where training stands.
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set loops, metrics and sums to where the checkpoint left them; defer signals."""
+        for reason in self.loaders.reasons:
+            log.warning("if this run is interrupted, it cannot go on exactly: %s", reason)
+        if self._restored is not None:
+            self._check_changes(trainer, self._restored["conditions"])
+            _set_loops(trainer, Point(self._restored["point"]), self._restored["batch"])
+            self._restore(trainer, pl_module, self._restored)
+            self._restored = None
+        self._is_new = False
+        self._seed_for(trainer, Stream.EPOCH)
+        self.stop.deferred = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Point the samplers at this epoch; write a checkpoint of the one before."""
+        self._reach(trainer, Point.EPOCH, demanded=True)
+        self.position.epoch, self.position.batch = trainer.current_epoch, 0
+        self._seed_for(trainer, Stream.EPOCH)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write a checkpoint if one is due, end the run if that is wished, seed the batch."""
+        self._reach(trainer, Point.BATCH, demanded=False)
+        self._is_new = True
+        self._seed_for(trainer, Stream.TRAIN, trainer.fit_loop.batch_idx)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let signals end the run where they find it again."""
+        self.stop.deferred = False
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Do the same."""
+        self.stop.deferred = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Seed the validation, and keep what it may change: it may have to begin again."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            if self._seen_batches is not None:
+                seen = trainer.fit_loop.epoch_loop.val_loop._seen_batches_per_dataloader
+                seen.update(self._seen_batches)
+                self._seen_batches = None
+            self._before_validation = {
+                "seen_batches": self._seen(trainer),
+                "callbacks": copy.deepcopy(_states_of_callbacks(trainer)),
+                "metrics": _states_of_metrics(pl_module),
+            }
+        self._seed_for(trainer, Stream.VALIDATION)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Seed the batch; end the run if that is wished.
+
+        Processes can agree on an end only between training batches.
+        """
+        self._seed_for(trainer, Stream.VALIDATION, dataloader_idx, batch_idx)
+        is_fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if self.stop.signum is None or (is_fitting and trainer.world_size > 1):
+            return
+        if is_fitting and (writer := _writer_of(trainer)):
+            writer.write(trainer, Point.VALIDATION)
+        self.stop.answer()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on as if no validation had been: what draws numbers after it must not depend on it."""
+        self._before_validation = {}
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._seed_for(trainer, Stream.AFTER_VALIDATION, trainer.fit_loop.batch_idx)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Seed the test."""
+        self._seed_for(trainer, Stream.TEST)
+
+    def on_test_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Seed the batch."""
+        self._seed_for(trainer, Stream.TEST, dataloader_idx, batch_idx)
+
+    def _seed_for(self, trainer: pl.Trainer, stream: Stream, *numbers: int) -> None:
+        """Seed for what is about to be done; validations and tests are the same in all epochs."""
+        is_training = stream in (Stream.TRAIN, Stream.EPOCH, Stream.AFTER_VALIDATION)
+        epoch = trainer.current_epoch if is_training else 0
+        seed_generators(derived(self.seed, stream, epoch, trainer.global_rank, *numbers))
+
+    # Writing.
+
+    def _reach(self, trainer: pl.Trainer, point: Point, *, demanded: bool) -> None:
+        """Write at this point, if it is `demanded` or due and there is news; end if wished."""
+        writer = _writer_of(trainer)
+        by_clock = writer is not None and writer.is_due_by_clock()
+        signum, by_clock = self._agreement.of(trainer, self.stop.signum, by_clock, demanded)
+        if writer is not None and self._is_new:
+            # At the end of an accumulation there are no gradients to be written.
+            can_wait = point == Point.BATCH and _is_accumulating(trainer)
+            due = by_clock or writer.has_found_the_best or writer.is_due_by_steps(trainer)
+            if signum or demanded or (due and not can_wait):
+                writer.write(trainer, point)
+                self._is_new = False
+        if signum:
+            raise Interrupted(signum)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what an exact resume needs, if the checkpoint is written by us."""
+        writer = _writer_of(trainer)
+        if writer is None or writer.point is None:
+            return
+        point = writer.point
+        batch = _set_counters(checkpoint, point)
+        if point == Point.VALIDATION:
+            checkpoint["callbacks"] |= self._before_validation["callbacks"]
+        state = {
+            "point": str(point),
+            "epoch": _epochs_done(trainer),
+            "batch": batch,
+            "should_stop": trainer.should_stop,
+            "logged": _logged(trainer),
+            "fresh": writer.fresh_names(trainer),
+            "seen_batches": self._before_validation.get("seen_batches") or self._seen(trainer),
+            "marks": writer.marks,
+            "conditions": self.conditions(trainer),
+        }
+        checkpoint[STATE] = state | {"ranks": self._state_of_ranks(trainer, pl_module, point)}
+
+    def _seen(self, trainer: pl.Trainer) -> dict[int, int]:
+        """Return the numbers of batches that validations have seen, which are steps in the log."""
+        val_loop = trainer.fit_loop.epoch_loop.val_loop
+        return dict(val_loop._seen_batches_per_dataloader) | (self._seen_batches or {})
+
+    def conditions(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Return what must be the same when the run goes on, for its end to be the same."""
+        return {
+            "seed": self.seed,
+            "processes": trainer.world_size,
+            "loaders": self.loaders.facts(),
+        }
+
+    def _state_of_ranks(
+        self, trainer: pl.Trainer, module: pl.LightningModule, point: Point
+    ) -> list[dict[str, Any]]:
+        """Return what differs between the processes, of each."""
+        own: dict[str, Any] = {"loaders": self.loaders.state_dict(_batches_done(trainer, point))}
+        if point in (Point.BATCH, Point.VALIDATION):
+            own["results"] = _states_of_results(trainer)
+            own["sums"] = _sums_of(module)
+            # Of a module that optimises by itself, only it knows whether they matter.
+            if _is_accumulating(trainer) or not module.automatic_optimization:
+                own["gradients"] = _gradients(module)
+        own["metrics"] = self._before_validation.get("metrics") or _states_of_metrics(module)
+        return _gathered(own)
+
+    # Going on.
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Point the samplers at where the checkpoint was written; keep the rest for the start."""
+        if trainer.state.fn != TrainerFn.FITTING or STATE not in checkpoint:
+            return
+        state: dict[str, Any] = checkpoint[STATE]
+        self._restored = state
+        self.position.epoch = state["epoch"]
+        in_epoch = state["point"] in (Point.BATCH, Point.VALIDATION)
+        self.position.batch = state["batch"] if in_epoch else 0
+        if in_epoch:
+            self.loaders.load_state_dict(_of_this_rank(trainer, state)["loaders"])
+
+    def _check_changes(self, trainer: pl.Trainer, before: Mapping[str, Any]) -> None:
+        """Look at the data once more: that of a datamodule is known only now."""
+        changes = list(changed_conditions(before, self.conditions(trainer)))
+        if changes and self.refuses_changes:
+            raise CheckpointError(
+                f"the run cannot go on exactly: {'; '.join(changes)}",
+                "undo the change, or give --not-exact to go on all the same",
+            )
+        for change in changes:
+            log.warning("not exact: %s", change)
+
+    def _restore(
+        self, trainer: pl.Trainer, module: pl.LightningModule, state: Mapping[str, Any]
+    ) -> None:
+        own = _of_this_rank(trainer, state)
+        trainer.should_stop = state["should_stop"]
+        self._seen_batches = dict(state["seen_batches"])
+        _restore_logged(trainer, state["logged"])
+        _restore_metrics(module, own["metrics"])
+        _restore_results(trainer, module, own.get("results", []))
+        _restore_sums(module, own.get("sums"))
+        _restore_gradients(module, own.get("gradients", {}))
+        if writer := _writer_of(trainer):
+            writer.forget_old_metrics(trainer._logger_connector._callback_metrics, state["fresh"])
+
+
+def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield in words what is not as it was when a checkpoint was written."""
+    if not before:
+        yield "the checkpoint was not written at a point that can be gone on from exactly"
+        return
+    if before["seed"] != now["seed"]:
+        yield f"the seed was {before['seed']} and is {now['seed']}"
+    if before["processes"] != now["processes"]:
+        yield f"there were {before['processes']} processes and are {now['processes']}"
+    for name in before["loaders"].keys() & now["loaders"].keys():
+        was, is_now = before["loaders"][name], now["loaders"][name]
+        if was != is_now:
+            yield f"{name} had {_size(was)} and has {_size(is_now)}"
+
+
+def _size(facts: Mapping[str, Any]) -> str:
+    return f"{facts['samples']} samples in batches of {facts['batch_size']}"
+
+
+class _Agreement:
+    """What the processes of a run decide together: to end, to write a checkpoint by the clock.
+
+    To ask each other takes a moment, so they ask about four times a second.
+    """
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._interval = 1
+        self._asked_at = time.monotonic()
+
+    def of(
+        self, trainer: pl.Trainer, signum: int | None, by_clock: bool, at_once: bool
+    ) -> tuple[int, bool]:
+        """Return a signal that one of the processes got, or 0; and whether the clock says so."""
+        if trainer.world_size == 1:
+            return signum or 0, by_clock
+        self._left -= 1
+        if self._left > 0 and not at_once:
+            return 0, False
+        proposal = self._proposal()
+        told = torch.tensor(
+            [signum or 0, int(by_clock), -proposal], device=trainer.strategy.root_device
+        )
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+        agreed, clock, interval = told.tolist()
+        self._interval = self._left = -interval
+        self._asked_at = time.monotonic()
+        return agreed, bool(clock)
+
+    def _proposal(self) -> int:
+        """Return after how many batches to ask again, from how long the last ones took."""
+        done = max(1, self._interval - max(0, self._left))
+        seconds = (time.monotonic() - self._asked_at) / done
+        return max(
+            1, min(2 * self._interval, round(_SECONDS_BETWEEN_AGREEMENTS / max(seconds, 1e-6)))
+        )
+
+
+def _writer_of(trainer: pl.Trainer) -> CheckpointWriter | None:
+    """Return the writer of checkpoints; a dev run has none."""
+    found = (each for each in trainer.checkpoint_callbacks if isinstance(each, CheckpointWriter))
+    return next(found, None)
+
+
+def _gathered(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what each process gives, in the order of their ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    size = torch.distributed.get_world_size()
+    everyones: list[Any] = [None] * size
+    torch.distributed.all_gather_object(everyones, _on_cpu(own))
+    return everyones
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return `value` with its tensors on the CPU, where any process can read them."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in value]
+    return value
+
+
+def _of_this_rank(trainer: pl.Trainer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of this process; that of the first if there were fewer."""
+    ranks = state["ranks"]
+    found: dict[str, Any] = ranks[trainer.global_rank if trainer.global_rank < len(ranks) else 0]
+    return found
+
+
+# The counters of the loops.
+
+
+def _set_counters(checkpoint: dict[str, Any], point: Point) -> int:
+    """Set the counters in a checkpoint to `point`; return how many batches the epoch has done.
+
+    In the hooks that such a checkpoint is written from, Lightning has counted what is about to
+    begin as begun.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    if point == Point.BATCH:
+        batches["is_last_batch"] = False
+        _one_less(batches)
+    if point == Point.EPOCH:
+        _one_less(epochs)
+    if point in (Point.EPOCH, Point.END):
+        # The epoch that was trained, not the one that would be next.
+        checkpoint["epoch"] = epochs["current"]["processed"] - 1
+        return 0
+    return int(batches["current"]["ready"])
+
+
+def _one_less(progress: dict[str, Any]) -> None:
+    for counts in (progress["total"], progress["current"]):
+        counts["ready"] -= 1
+
+
+def _epochs_done(trainer: pl.Trainer) -> int:
+    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+
+
+def _batches_done(trainer: pl.Trainer, point: Point) -> int:
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.ready - (1 if point == Point.BATCH else 0)
+
+
+def _is_accumulating(trainer: pl.Trainer) -> bool:
+    """Return whether gradients of the batches so far wait for those of the next."""
+    loop = trainer.fit_loop.epoch_loop
+    # `completed` is the batch before this one in the hooks that this is asked from.
+    done = loop.batch_progress.current.completed
+    is_last = loop.batch_progress.is_last_batch and loop.batch_progress.current.ready == done
+    return done % trainer.accumulate_grad_batches != 0 and not is_last
+
+
+def _set_loops(trainer: pl.Trainer, point: Point, batch: int) -> None:
+    """Set the loops, which have just read their counters, to go on at `point`.
+
+    Lightning would take a loop for "restarting" until its first epoch ends, and skip the step of
+    a plateau scheduler there; it would begin with a validation that is done already, or leave out
+    one that is not; and it would reset what was logged before the first batch.
+    """
+    fit = trainer.fit_loop
+    epoch = fit.epoch_loop
+    fit._restarting = False
+    if point in (Point.EPOCH, Point.END):
+        fit.reset_restart_stage()
+        for loop in (
+            epoch,
+            epoch.val_loop,
+            epoch.automatic_optimization,
+            epoch.manual_optimization,
+        ):
+            loop._restarting = False
+            loop.reset_restart_stage()
+        return
+    # It is: the samplers skip what was trained.
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+    epoch._restarting = True
+    epoch.val_loop._restarting = False
+    epoch.val_loop.reset_restart_stage()
+    if point == Point.VALIDATION:
+        _replace_once(epoch, "advance", lambda _: None)
+    else:
+        _replace_once(epoch, "_should_check_val_fx", lambda _: False)
+    if batch:
+        trainer._logger_connector._first_loop_iter = False
+
+
+def _replace_once(owner: Any, name: str, function: Callable[[Any], Any]) -> None:
+    """Let `function` answer the next call of the method `name`, and only that."""
+    assert callable(getattr(owner, name))
+
+    def answer(argument: Any) -> Any:
+        del vars(owner)[name]
+        return function(argument)
+
+    vars(owner)[name] = answer
+
+
+# What was logged.
+
+
+def _logged(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
+    """Return the latest values of all that was logged, which schedulers and callbacks read."""
+    connector = trainer._logger_connector
+    return {
+        "callback": dict(trainer.callback_metrics),
+        "logged": dict(connector._logged_metrics),
+        "progress_bar": dict(connector._progress_bar_metrics),
+    }
+
+
+def _restore_logged(trainer: pl.Trainer, logged: Mapping[str, Mapping[str, Any]]) -> None:
+    connector = trainer._logger_connector
+    connector._callback_metrics.update(logged["callback"])
+    connector._logged_metrics.update(logged["logged"])
+    connector._progress_bar_metrics.update(logged["progress_bar"])
+
+
+_RESULT_OPTIONS: Final = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph")
+
+
+def _states_of_results(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """Return the sums behind what `self.log` was given in this epoch."""
+    results = trainer.fit_loop.epoch_loop._results
+    return [_state_of_result(item) for item in results.values() if not item.has_reset]
+
+
+def _state_of_result(item: Any) -> dict[str, Any]:
+    meta = item.meta
+    state = {name: getattr(meta, name) for name in _RESULT_OPTIONS}
+    state["reduce_fx"] = meta.reduce_fx.__name__
+    state["sync_dist"] = meta.sync.should
+    state["rank_zero_only"] = meta.sync.rank_zero_only
+    state["metric_attribute"] = meta.metric_attribute
+    state["step_value"] = item._forward_cache
+    if item.is_tensor:
+        state["value"] = item.value
+        state["count"] = getattr(item, "cumulated_batch_size", None)
+    return state
+
+
+def _restore_results(
+    trainer: pl.Trainer, module: pl.LightningModule, states: list[dict[str, Any]]
+) -> None:
+    device = trainer.strategy.root_device
+    parts = dict(module.named_modules())
+    for state in states:
+        options = {name: state[name] for name in (*_RESULT_OPTIONS, "reduce_fx", "sync_dist")}
+        is_tensor = "value" in state
+        value = state["value"].to(device) if is_tensor else parts[state["metric_attribute"]]
+        results = trainer.fit_loop.epoch_loop._results
+        results.log(
+            **options,
+            value=value,
+            rank_zero_only=state["rank_zero_only"],
+            metric_attribute=state["metric_attribute"],
+            sync_dist_fn=trainer.strategy.reduce,
+            batch_size=1,
+        )
+        item = results[f"{state['fx']}.{state['name']}"]
+        step_value = state["step_value"]
+        item._forward_cache = step_value.to(device) if step_value is not None else None
+        if is_tensor:
+            item.value = value
+            if state["count"] is not None:
+                item.cumulated_batch_size = torch.as_tensor(state["count"], device=device)
+
+
+# Metrics, sums and gradients of the module.
+
+
+def _metrics_of(module: torch.nn.Module) -> Iterator[tuple[str, Metric]]:
+    for part in module.modules():
+        if isinstance(part, MetricCollection):
+            # The members of a group share one state, which the others get only when asked for.
+            list(part.items(keep_base=True, copy_state=False))
+    for name, part in module.named_modules():
+        if isinstance(part, Metric):
+            yield name, part
+
+
+def _states_of_metrics(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Return copies of the states of all metrics that were updated since their reset."""
+    return {
+        name: {
+            "updates": metric._update_count,
+            "state": {key: _copied(getattr(metric, key)) for key in metric._defaults},
+        }
+        for name, metric in _metrics_of(module)
+        if metric._update_count
+    }
+
+
+def _copied(state: Any) -> Any:
+    """Return a copy of a metric's state: tensors are added to in place, lists are appended to."""
+    return list(state) if isinstance(state, list) else state.clone()
+
+
+def _restore_metrics(module: torch.nn.Module, states: Mapping[str, Mapping[str, Any]]) -> None:
+    metrics = dict(_metrics_of(module))
+    for name, saved in states.items():
+        metric = metrics[name]
+        for key, value in saved["state"].items():
+            setattr(metric, key, _moved(value, metric.device))
+        metric._update_count = saved["updates"]
+        metric._computed = None
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [item.to(device) for item in value]
+    return value.to(device)
+
+
+def _sums_of(module: torch.nn.Module) -> Any:
+    """Return what the module says it has gathered in this epoch, if it has a word for it."""
+    function = getattr(module, "epoch_state_dict", None)
+    return function() if function else None
+
+
+def _restore_sums(module: torch.nn.Module, sums: Any) -> None:
+    if sums is not None:
+        module.load_epoch_state_dict(sums)  # type: ignore[operator]
+
+
+def _gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    named = module.named_parameters()
+    return {name: each.grad for name, each in named if each.grad is not None}
+
+
+def _restore_gradients(module: torch.nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient.to(parameters[name].device)
+
+
+def _states_of_callbacks(trainer: pl.Trainer) -> dict[str, Any]:
+    states = {
+        each.state_key: each.state_dict()
+        for each in trainer.callbacks  # type: ignore[attr-defined]
+    }
+    return {key: state for key, state in states.items() if state}
