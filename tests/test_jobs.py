@@ -33,7 +33,7 @@ class Acts(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.name == "stubborn":
             signal.signal(signal.SIGTERM, lambda *args: Path("told").touch())
-        if self.name in ("slow", "stubborn"):
+        if self.name == "stubborn":
             Path("waits").touch()
             while True:
                 time.sleep(1)
@@ -41,6 +41,9 @@ class Acts(pl.Callback):
     def on_train_batch_end(self, *args):
         if self.name == "live":
             time.sleep(0.15)
+        if self.name == "slow":
+            Path("waits").touch()
+            time.sleep(0.3)
 
 def train_config(hparams):
     name = hparams["config"]["name"]
@@ -54,10 +57,11 @@ def train_config(hparams):
 def paths(lab: Lab, *names: str) -> list[str]:
     """Write an hparams script for each name, and return their paths."""
     lab.write("__main__.py", ACTING)
-    trainer = {"init": {"max_epochs": 1}}
-    return [
-        str(lab.hparams(name, {"config": {"name": name}, "trainer": trainer})) for name in names
-    ]
+    scripts = []
+    for name in names:
+        trainer = {"init": {"max_epochs": 100 if name.startswith("slow") else 1}}
+        scripts.append(lab.hparams(name, {"config": {"name": name}, "trainer": trainer}))
+    return [str(script) for script in scripts]
 
 
 def wait_for(path: Path) -> None:

@@ -78,12 +78,17 @@ class ExactResume(pl.Callback):
         self._seen_batches: dict[int, int] | None = None
         self._before_validation: dict[str, Any] = {}
         self._agreement = _Agreement()
+        self._writer: CheckpointWriter | None = None
+        self._bits_of_epoch = 0
+        self._processes = 1
         self._is_new = False
 
     # Where training stands.
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set loops, metrics and sums to where the checkpoint left them; defer signals."""
+        self._writer = _writer_of(trainer)
+        self._processes = trainer.world_size
         for reason in self.loaders.reasons:
             log.warning("if this run is interrupted, it cannot go on exactly: %s", reason)
         if self._restored is not None:
@@ -92,13 +97,17 @@ class ExactResume(pl.Callback):
             self._restore(trainer, pl_module, self._restored)
             self._restored = None
         self._is_new = False
-        self._seed_for(trainer, Stream.EPOCH)
+        self._begin_epoch(trainer)
         self.stop.deferred = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Point the samplers at this epoch; write a checkpoint of the one before."""
         self._reach(trainer, Point.EPOCH, demanded=True)
         self.position.epoch, self.position.batch = trainer.current_epoch, 0
+        self._begin_epoch(trainer)
+
+    def _begin_epoch(self, trainer: pl.Trainer) -> None:
+        self._bits_of_epoch = self._bits(trainer, Stream.TRAIN)
         self._seed_for(trainer, Stream.EPOCH)
 
     def on_train_batch_start(
@@ -107,7 +116,7 @@ class ExactResume(pl.Callback):
         """Write a checkpoint if one is due, end the run if that is wished, seed the batch."""
         self._reach(trainer, Point.BATCH, demanded=False)
         self._is_new = True
-        self._seed_for(trainer, Stream.TRAIN, trainer.fit_loop.batch_idx)
+        seed_generators(derived(self._bits_of_epoch, batch_idx))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let signals end the run where they find it again."""
@@ -149,8 +158,8 @@ class ExactResume(pl.Callback):
         is_fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if self.stop.signum is None or (is_fitting and trainer.world_size > 1):
             return
-        if is_fitting and (writer := _writer_of(trainer)):
-            writer.write(trainer, Point.VALIDATION)
+        if is_fitting and self._writer is not None:
+            self._writer.write(trainer, Point.VALIDATION)
         self.stop.answer()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -175,23 +184,30 @@ class ExactResume(pl.Callback):
         self._seed_for(trainer, Stream.TEST, dataloader_idx, batch_idx)
 
     def _seed_for(self, trainer: pl.Trainer, stream: Stream, *numbers: int) -> None:
-        """Seed for what is about to be done; validations and tests are the same in all epochs."""
+        seed_generators(derived(self._bits(trainer, stream), *numbers))
+
+    def _bits(self, trainer: pl.Trainer, stream: Stream) -> int:
+        """Return what seeds are derived from; validations and tests are the same in all epochs."""
         is_training = stream in (Stream.TRAIN, Stream.EPOCH, Stream.AFTER_VALIDATION)
         epoch = trainer.current_epoch if is_training else 0
-        seed_generators(derived(self.seed, stream, epoch, trainer.global_rank, *numbers))
+        return derived(self.seed, stream, epoch, trainer.global_rank)
 
     # Writing.
 
     def _reach(self, trainer: pl.Trainer, point: Point, *, demanded: bool) -> None:
         """Write at this point, if it is `demanded` or due and there is news; end if wished."""
-        writer = _writer_of(trainer)
-        by_clock = writer is not None and writer.is_due_by_clock()
-        signum, by_clock = self._agreement.of(trainer, self.stop.signum, by_clock, demanded)
+        writer = self._writer
+        everywhere = demanded or (writer is not None and writer.is_due_by_steps(trainer))
+        due = everywhere or (writer is not None and writer.is_due_by_clock())
+        signum = self.stop.signum
+        if self._processes > 1:
+            signum, due = self._agreement.of(trainer, signum, due, at_once=everywhere)
+        if not (signum or due):
+            return
         if writer is not None and self._is_new:
             # At the end of an accumulation there are no gradients to be written.
             can_wait = point == Point.BATCH and _is_accumulating(trainer)
-            due = by_clock or writer.has_found_the_best or writer.is_due_by_steps(trainer)
-            if signum or demanded or (due and not can_wait):
+            if signum or not can_wait:
                 writer.write(trainer, point)
                 self._is_new = False
         if signum:
@@ -201,7 +217,7 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what an exact resume needs, if the checkpoint is written by us."""
-        writer = _writer_of(trainer)
+        writer = self._writer
         if writer is None or writer.point is None:
             return
         point = writer.point
@@ -286,7 +302,7 @@ class ExactResume(pl.Callback):
         _restore_results(trainer, module, own.get("results", []))
         _restore_sums(module, own.get("sums"))
         _restore_gradients(module, own.get("gradients", {}))
-        if writer := _writer_of(trainer):
+        if writer := self._writer:
             writer.forget_old_metrics(trainer._logger_connector._callback_metrics, state["fresh"])
 
 
@@ -310,7 +326,7 @@ def _size(facts: Mapping[str, Any]) -> str:
 
 
 class _Agreement:
-    """What the processes of a run decide together: to end, to write a checkpoint by the clock.
+    """What the processes of a run decide together: to end, to write a checkpoint.
 
     To ask each other takes a moment, so they ask about four times a second.
     """
@@ -321,31 +337,26 @@ class _Agreement:
         self._asked_at = time.monotonic()
 
     def of(
-        self, trainer: pl.Trainer, signum: int | None, by_clock: bool, at_once: bool
+        self, trainer: pl.Trainer, signum: int | None, due: bool, *, at_once: bool
     ) -> tuple[int, bool]:
-        """Return a signal that one of the processes got, or 0; and whether the clock says so."""
-        if trainer.world_size == 1:
-            return signum or 0, by_clock
+        """Return a signal that one of the processes got, or 0; and whether one says it is due."""
         self._left -= 1
         if self._left > 0 and not at_once:
             return 0, False
-        proposal = self._proposal()
         told = torch.tensor(
-            [signum or 0, int(by_clock), -proposal], device=trainer.strategy.root_device
+            [signum or 0, int(due), -self._proposal()], device=trainer.strategy.root_device
         )
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-        agreed, clock, interval = told.tolist()
+        agreed, is_due, interval = told.tolist()
         self._interval = self._left = -interval
         self._asked_at = time.monotonic()
-        return agreed, bool(clock)
+        return agreed, bool(is_due)
 
     def _proposal(self) -> int:
         """Return after how many batches to ask again, from how long the last ones took."""
         done = max(1, self._interval - max(0, self._left))
-        seconds = (time.monotonic() - self._asked_at) / done
-        return max(
-            1, min(2 * self._interval, round(_SECONDS_BETWEEN_AGREEMENTS / max(seconds, 1e-6)))
-        )
+        seconds = max(1e-6, (time.monotonic() - self._asked_at) / done)
+        return max(1, min(2 * self._interval, round(_SECONDS_BETWEEN_AGREEMENTS / seconds)))
 
 
 def _writer_of(trainer: pl.Trainer) -> CheckpointWriter | None:

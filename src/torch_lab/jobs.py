@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
@@ -39,8 +38,6 @@ _STATES: dict[int, str] = {
     ExitCode.TERMINATED: "stopped by SIGTERM",
     **{-each: f"killed by {each.name}" for each in signal.Signals},
 }
-_GRACE = 10.0
-"""Seconds that the children have to end after a signal."""
 
 
 @dataclass(frozen=True)
@@ -182,17 +179,16 @@ class _Children:
         return child
 
     def stop(self, signum: int) -> None:
-        """Start no more children, and tell those there are; a second signal kills them."""
+        """Start no more children, tell those there are, and wait; a second signal kills them."""
         with self.lock:
             self.stopping = True
             children = list(self.running)
-        deadline = time.monotonic() + _GRACE
         try:
-            with stopping_on_signals(), suppress(subprocess.TimeoutExpired):
+            with stopping_on_signals():
                 for child in children:
                     child.send_signal(signum)
                 for child in children:
-                    child.wait(max(0.0, deadline - time.monotonic()))
+                    child.wait()
         finally:
             for child in children:
                 _kill(child)

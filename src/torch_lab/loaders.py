@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -39,7 +38,13 @@ from torch_lab.components import each_loader
 from torch_lab.datasets import ArrayDataset
 from torch_lab.iterables import Enveloping, Source, SourceOrder, has_state
 from torch_lab.samplers import Order, Position, StampedBatch, StampedIndex, why_not_exact
-from torch_lab.seeds import Stream, derived, seed_cpu_generators, seed_generators
+from torch_lab.seeds import (
+    SeededGenerator,
+    Stream,
+    derived,
+    seed_cpu_generators,
+    seed_generators,
+)
 from torch_lab.workers import Desk, IteratorMaker, Watch, WorkerStart
 
 __all__ = ["Loaders"]
@@ -232,7 +237,7 @@ class Loaders:
             self._reasons[role.name] = reasons
         if isinstance(loader.dataset, (IterDataPipe, MapDataPipe)):
             return
-        generator = torch.Generator().manual_seed(role.bits(self.position.seed))
+        generator = SeededGenerator.seeded(role.bits(self.position.seed))
         vars(loader).update(generator=generator)
         desk = Desk(loader.num_workers)
         is_iterable = isinstance(loader.dataset, IterableDataset)

@@ -74,7 +74,7 @@ class CheckpointWriter(Checkpoint):
         """Where training stands, while a checkpoint of ours is written."""
         self.marks: dict[str, int] = {}
         """How long the event files were at that point."""
-        self.steps_at_write = 0
+        self._steps_at_write = 0
         self._written_at = time.monotonic()
         self._kept: list[_Kept] = []
         self._due: _Kept | None = None
@@ -106,19 +106,16 @@ class CheckpointWriter(Checkpoint):
         """Write `last`, after what the other callbacks have done at the end."""
         self.write(trainer, Point.END)
 
-    @property
-    def has_found_the_best(self) -> bool:
-        """Whether one of the best is still to be written."""
-        # After a failure the next regular checkpoint tries again, not the next batch.
-        return self._due is not None and not self._failures
-
     def is_due_by_steps(self, trainer: pl.Trainer) -> bool:
-        """Return whether as many steps were made as lie between two checkpoints."""
+        """Return whether the best was found, or enough steps were made; the same on all ranks."""
+        # After a failure the next regular checkpoint tries again, not the next batch.
+        if self._due is not None and not self._failures:
+            return True
         every = self.section.every_n_steps
-        return every is not None and trainer.global_step - self.steps_at_write >= every
+        return every is not None and trainer.global_step - self._steps_at_write >= every
 
     def is_due_by_clock(self) -> bool:
-        """Return whether as many minutes went by as lie between two checkpoints."""
+        """Return whether as many minutes went by as may lie between two checkpoints."""
         every = self.section.every_minutes
         return every is not None and time.monotonic() - self._written_at >= 60 * every
 
@@ -174,7 +171,7 @@ class CheckpointWriter(Checkpoint):
                 files.remove_checkpoint(path)
 
     def _rest(self, trainer: pl.Trainer) -> None:
-        self.steps_at_write = trainer.global_step
+        self._steps_at_write = trainer.global_step
         self._written_at = time.monotonic()
 
     def _has_written(self) -> None:

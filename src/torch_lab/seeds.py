@@ -11,11 +11,19 @@ import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["Stream", "derived", "generators_from", "seed_cpu_generators", "seed_generators"]
+__all__ = [
+    "SeededGenerator",
+    "Stream",
+    "derived",
+    "generators_from",
+    "seed_cpu_generators",
+    "seed_generators",
+]
 
 _BITS = (1 << 64) - 1
 
@@ -38,6 +46,24 @@ class Stream(enum.IntEnum):
     """The order of samples."""
     WORKERS = 8
     """The seeds that a DataLoader gives its workers."""
+
+
+class SeededGenerator(torch.Generator):
+    """A generator that is pickled as its seed.
+
+    One of torch's is pickled with a tensor that is gone before a process is spawned, and then the
+    spawning fails.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).seeded, (self.initial_seed(),)
+
+    @classmethod
+    def seeded(cls, value: int) -> SeededGenerator:
+        """Return one that was seeded with `value`."""
+        made = cls()
+        made.manual_seed(value)
+        return made
 
 
 def derived(seed: int, *parts: int) -> int:

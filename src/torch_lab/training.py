@@ -258,7 +258,7 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     run = options.resume or _planned(experiment, code, source, options)
     logger = MetricsLogger(run)
     refuses = options.resume is not None and options.must_be_exact
-    exact = ExactResume(hparams.seed, position, loaders, stop, refuses_changes=refuses)
+    exact = _Process(run, hparams.seed, position, loaders, stop, refuses_changes=refuses)
     callbacks = _train_callbacks(hparams, run, components, logger, exact, options)
     # The baseline validation does what Lightning's sanity check is for.
     defaults = {"logger": logger} | ({"num_sanity_val_steps": 0} if options.validate else {})
@@ -390,7 +390,6 @@ def _train_callbacks(
     options: Options,
 ) -> list[pl.Callback]:
     return [
-        _Process(run),
         exact,
         NanMonitor(),
         # No lambda: callbacks are pickled on their way to spawned processes.
@@ -403,10 +402,14 @@ def _train_callbacks(
     ]
 
 
-class _Process(pl.Callback):
-    """Gives every process of a run what it needs to know, and spawned ones what they lack."""
+class _Process(ExactResume):
+    """Gives every process of a run what it needs to know, and spawned ones what they lack.
 
-    def __init__(self, run: Run) -> None:
+    It is one callback with that of exact resume, as each costs every step the calls of its hooks.
+    """
+
+    def __init__(self, run: Run, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.run = run
         self.launcher = os.getpid()
         self.console: Console | None = None
@@ -428,16 +431,30 @@ class _Process(pl.Callback):
             multiprocessing.util.Finalize(None, leave_process_group, exitpriority=0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take SIGTERM back from Lightning, whose handler waits in it for all other processes."""
+        """Take SIGTERM back; go on from where the checkpoint left off."""
+        self._take_sigterm_back()
+        super().on_train_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take SIGTERM back; prepare for an interruption."""
+        self._take_sigterm_back()
+        super().on_validation_start(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take SIGTERM back; seed the test."""
+        self._take_sigterm_back()
+        super().on_test_start(trainer, pl_module)
+
+    def _take_sigterm_back(self) -> None:
+        """Take it from Lightning, whose handler waits in it for all other processes."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.on_term)
-
-    on_validation_start = on_test_start = on_train_start
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Tell the process that started this one, which will only see that it is gone."""
+        super().on_exception(trainer, pl_module, exception)
         was_started = trainer.global_rank > 0 or os.getpid() != self.launcher
         if was_started and isinstance(exception, TorchLabError):
             told = {"type": type(exception).__name__, "arguments": exception.__reduce__()[1]}
