@@ -9,10 +9,10 @@ DEMO := src/example_project/experiments/00_mnist_demo/hparams.py
 SOURCES := src tests docs/conf.py $(wildcard benchmarks)
 
 # One thread for each process: on few cores, many threads of many processes only wait for each other.
-test coverage: export OMP_NUM_THREADS ?= 1
+test sweep coverage: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint types layers dead-code dependencies docs format coverage bench constraints clean
+.PHONY: help env demo test sweep check lint types layers dead-code dependencies docs format coverage bench constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s%s\n", $$1, $$2 }'
@@ -30,17 +30,21 @@ demo: env ## Train the demo offline, then read held-out digits with it
 	$(BIN)/train $(DEMO) --offline
 	$(BIN)/infer $(DEMO) 00_mnist_demo-hparams data/predictions.csv
 
-test: env ## Run all tests (ARGS="-k layers" for some)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+test: env ## Run the tests, without the long sweeps (ARGS="-k layers" for some)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
-coverage: env ## Run all tests, and demand 95 % of the lines and branches of torch_lab
+sweep: env ## Run the long sweeps: hundreds of kills and signals, about half an hour
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+
+coverage: env ## Run the same tests, and demand 95 % of the lines and branches of torch_lab
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/coverage run -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: env ## Measure how quickly the commands answer, against a peer
+bench: env ## Measure start-up and the cost of exactness, each against a peer
 	$(BIN)/python benchmarks/start.py
+	$(BIN)/python benchmarks/exact_data.py
 
 check: lint types layers dead-code dependencies docs ## All that can be checked without a test
 

@@ -1,12 +1,21 @@
-"""Kills a training at many points, resumes it, and compares the end with that of an unbroken one.
+"""Breaks a training off at many points, resumes it, and compares the end with an unbroken one's.
 
-`python tests/sweep.py FOLDER CONFIGURATION POINTS [SEED]` prints a line of JSON for each point.
+`python tests/sweep.py FOLDER POINTS [CONFIGURATION...]` prints a line of JSON for each point of
+each configuration, or of all. With `--by SIGTERM` (SIGINT, SIGHUP, SIGUSR1) the training is asked
+to stop instead of being killed. The exit code is 1 if anything was not as it must be:
+
+* all that `Outcome` holds is the same to the bit;
+* exit codes are those of the signal, and a stop takes less than `SECONDS_TO_STOP`;
+* no process of a training is left `SECONDS_TO_END` after it.
+
 Processes are forked from this one, which has imported everything: a start takes milliseconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -17,11 +26,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
+import psutil
 import pytorch_lightning as pl
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -29,8 +39,13 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch_lab import cli
 from torch_lab.experiment import Experiment
 from torch_lab.runner import train_with
-from torch_lab.runs import Run, latest_unfinished
+from torch_lab.runs import Run, latest_unfinished, runs_of
 from torch_lab.training import Options
+
+SECONDS_TO_STOP = 10.0
+SECONDS_TO_END = 15.0
+SECONDS_TO_HANG = 180.0
+NAME = "00_toy-hparams"
 
 CONFIG = '''
 """A network with dropout and batch norm, and data that draws from every generator."""
@@ -46,7 +61,7 @@ import pytorch_lightning as pl
 import torch
 import torchmetrics
 from pytorch_lightning.callbacks import EarlyStopping
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from torch_lab.datasets import ArrayDataset
 from torch_lab.modules import TrainLabModule
@@ -68,6 +83,44 @@ class Samples(Dataset):
         if self.augments:
             x += random.random() + float(np.random.normal()) + torch.randn(6)
         return x, {"y": y, "idx": index}
+
+
+class Stream(IterableDataset):
+    """The same, as a stream that is dealt out to the workers and knows where it stands."""
+
+    def __init__(self, samples):
+        self.samples = samples
+        self.next = None
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if self.next is None:
+            self.next = worker
+        while self.next < len(self.samples):
+            index, self.next = self.next, self.next + workers
+            yield self.samples[index]
+        self.next = None
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+class Data(pl.LightningDataModule):
+    """A datamodule that makes its loaders anew when it is asked for them."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def train_dataloader(self):
+        return DataLoader(Samples(self.count, True), batch_size=8, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(Samples(16, True), batch_size=8)
 
 
 def network(size=6):
@@ -182,18 +235,19 @@ def train_config(hparams):
             (x + np.random.normal(size=x.shape).astype("float32") + random.random()), md))
     else:
         data = Samples(count, True)
-    train = DataLoader(data, batch_size=8, shuffle=True, **kwargs)
+    if config.get("stream"):
+        data = Stream(data)
+    train = DataLoader(data, batch_size=8, shuffle=not config.get("stream"), **kwargs)
     if config.get("combined"):
         train = {"a": train, "b": DataLoader(Samples(20, True), batch_size=8, shuffle=True)}
     callbacks = []
     if config.get("stops"):
         callbacks.append(EarlyStopping("loss/validate", patience=config["stops"]))
-    return {
-        "module": module,
-        "train_dataloaders": train,
-        "val_dataloaders": DataLoader(Samples(16, True), batch_size=8),
-        "callbacks": callbacks,
-    }
+    components = {"module": module, "callbacks": callbacks}
+    if config.get("datamodule"):
+        return {**components, "datamodule": Data(count)}
+    validate = DataLoader(Samples(16, True), batch_size=8)
+    return {**components, "train_dataloaders": train, "val_dataloaders": validate}
 '''
 
 
@@ -229,6 +283,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "partial": configuration({"count": 43, "foreign": True}, accumulate_grad_batches=2),
     "combined": configuration({"combined": True, "foreign": True}),
     "stops": configuration({"stops": 1}, min_epochs=3, max_epochs=8),
+    "stream": configuration({"stream": True, "count": 43}, {"every_n_steps": 3}),
+    "stream_workers": configuration(
+        {"stream": True, "count": 43, "workers": 2, "foreign": True}, {"every_n_steps": 3}
+    ),
+    "datamodule": configuration({"datamodule": True, "count": 43}),
     "bf16": configuration({}, precision="bf16-mixed"),
     "max_steps": configuration({"scheduler": "plateau"}, max_epochs=None, max_steps=17),
     "every_other": configuration(
@@ -255,19 +314,55 @@ HOOKS = (
 )
 
 
-class Killer(pl.Callback):
-    """Sends a signal to its own process in the n-th call of a hook."""
+@dataclass(frozen=True)
+class Strike:
+    """A signal to a training: in the n-th call of a hook, or so many seconds after its start."""
 
-    def __init__(self, hook: str, count: int, signum: int = signal.SIGKILL) -> None:
-        self.left = count
-        self.signum = signum
-        if hook in HOOKS:
-            setattr(self, hook, self.strike)
+    signum: signal.Signals
+    hook: str = ""
+    count: int = 0
+    seconds: float = 0.0
+    twice: bool = False
+    """Whether a second one follows after 50 ms."""
 
-    def strike(self, *arguments: object, **kwargs: object) -> None:
+    def __str__(self) -> str:
+        where = f"{self.hook} {self.count}" if self.hook else f"after {self.seconds:.2f} s"
+        return f"{where}, twice" if self.twice else where
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """How a process may end by it; before anything has begun, as any other program does."""
+        if self.signum == signal.SIGKILL:
+            return (-signal.SIGKILL,)
+        return 128 + self.signum, -self.signum
+
+    def at(self, process: int, note: Path) -> None:
+        """Strike, and note the time."""
+        note.write_text(str(time.monotonic()))
+        if self.twice:
+            threading.Timer(0.05, send, [process, self.signum]).start()
+        send(process, self.signum)
+
+
+def send(process: int, signum: int) -> None:
+    """Send a signal to a process, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signum)
+
+
+class Striker(pl.Callback):
+    """Strikes its own process in a hook."""
+
+    def __init__(self, strike: Strike, note: Path) -> None:
+        self.chosen = strike
+        self.left = strike.count
+        self.note = note
+        setattr(self, strike.hook, self.count)
+
+    def count(self, *arguments: object, **kwargs: object) -> None:
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), self.signum)
+            self.chosen.at(os.getpid(), self.note)
 
 
 @dataclass
@@ -276,6 +371,7 @@ class Outcome:
 
     trace: list[dict[Any, Any]] = field(default_factory=list)
     scalars: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    validations: int = 0
     checkpoint: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     best: Any = None
@@ -302,9 +398,11 @@ def outcome_of(run: Run, trace: Path) -> Outcome:
         for name, state in checkpoint["callbacks"].items()
     }
     best = torch.load(run.checkpoint("best"), weights_only=True)
+    scalars = scalars_of(run.metrics_folder)
     return Outcome(
         [trace_of(path) for path in sorted(trace.parent.glob(f"{trace.name}.*"))],
-        scalars_of(run.metrics_folder),
+        scalars,
+        len(scalars["loss/validate"]),
         content,
         run.metrics,
         {"score": run.best_score, "weights": best["state_dict"], "step": best["global_step"]},
@@ -348,51 +446,97 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
     return [] if one == other else [f"{name}: {one!r} and {other!r}"]
 
 
+@dataclass(frozen=True)
+class End:
+    """How a training ended."""
+
+    code: int
+    """Of its process, of the first of several."""
+    seconds: float = 0.0
+    """From the strike on."""
+    left: int = 0
+    """How many processes it has left behind."""
+
+    def faults(self, strike: Strike) -> list[str]:
+        """Return what is wrong with it, if `strike` should have ended it."""
+        found = []
+        if self.code not in strike.codes:
+            found.append(f"exit code {self.code} after {strike}")
+        if self.seconds > SECONDS_TO_STOP:
+            found.append(f"it took {self.seconds:.1f} s to stop after {strike}")
+        if self.left:
+            found.append(f"{self.left} processes are left after {strike}")
+        return found
+
+
 class Lab:
     """A project whose experiment is trained in forked processes."""
 
     def __init__(self, root: Path, name: str) -> None:
-        self.root = root
-        self.hparams = CONFIGURATIONS[name]
+        hparams = CONFIGURATIONS[name]
         folder = root / "experiments" / "00_toy"
         folder.mkdir(parents=True, exist_ok=True)
         (root / "pyproject.toml").touch()
         (folder / "__main__.py").write_text(CONFIG)
         self.script = folder / "hparams.py"
-        self.script.write_text(f"hparams = {self.hparams!r}\n")
-        self.ranks = self.hparams["trainer"]["init"].get("devices", 1)
+        self.script.write_text(f"hparams = {hparams!r}\n")
+        self.ranks = hparams["trainer"]["init"].get("devices", 1)
 
-    def run(
-        self, artifacts: Path, killer: Killer | None, *, after: float | None = None
-    ) -> list[int]:
-        """Train in processes of its own, the newest run if there is one; return how they ended."""
+    def run(self, folder: Path, strike: Strike | None) -> End:
+        """Train in processes of its own; go on with the newest run if there is one."""
+        note = folder / "struck"
+        note.unlink(missing_ok=True)
+        children = self._start(folder, strike)
+        timers = [threading.Timer(SECONDS_TO_HANG, send, [children[0], signal.SIGABRT])]
+        if strike and not strike.hook:
+            timers.append(threading.Timer(strike.seconds, strike.at, [children[0], note]))
+        for timer in timers:
+            timer.start()
+        code = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
+        seconds = time.monotonic() - float(note.read_text()) if note.is_file() else 0.0
+        for timer in timers:
+            timer.cancel()
+        for follower in children[1:]:
+            if code:
+                send(follower, signal.SIGKILL)  # It would wait for the one that is gone.
+            follower_code = os.waitstatus_to_exitcode(os.waitpid(follower, 0)[1])
+            code = code or follower_code
+        return End(code, seconds, sum(left_of(child) for child in children))
+
+    def _start(self, folder: Path, strike: Strike | None) -> list[int]:
+        """Fork a process for each rank; return their numbers."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        resume = latest_unfinished(artifacts, "00_toy-hparams") if artifacts.exists() else None
+        artifacts = folder / "artifacts"
+        resume = latest_unfinished(artifacts, NAME) if artifacts.exists() else None
         children = []
         for rank in range(self.ranks):
             child = os.fork()
             if not child:
-                os._exit(self._child(artifacts, resume, killer if rank == 0 else None, rank, port))
+                code = 1
+                try:
+                    callbacks = [Striker(strike, folder / "struck")] if strike else []
+                    callbacks = callbacks if strike and strike.hook and rank == 0 else []
+                    code = self._child(
+                        folder,
+                        Options(resume=resume, callbacks=callbacks, artifacts=artifacts),
+                        rank,
+                        port,
+                    )
+                finally:
+                    os._exit(code)
             children.append(child)
-        if after is not None:
-            threading.Timer(after, kill, [children[0]]).start()
-        codes = []
-        for child in children:
-            if codes and codes[0]:
-                kill(child)  # A follower would wait for the one that was killed.
-            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        return codes
+        return children
 
-    def _child(
-        self, artifacts: Path, resume: Run | None, killer: Killer | None, rank: int, port: int
-    ) -> int:
+    def _child(self, folder: Path, options: Options, rank: int, port: int) -> int:
+        os.setsid()
         warnings.simplefilter("ignore")
-        out = os.open(artifacts.parent / f"output.{rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        out = os.open(folder / f"output.{rank}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        os.environ["TRACE"] = str(artifacts.parent / "trace")
+        faulthandler.enable()
+        os.environ["TRACE"] = str(folder / "trace")
         if self.ranks > 1:
             os.environ |= {
                 "LOCAL_RANK": str(rank),
@@ -401,81 +545,123 @@ class Lab:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        with cli._failures(debug=True), contextlib.suppress(SystemExit):
-            callbacks = [killer] if killer else []
-            options = Options(resume=resume, callbacks=callbacks, artifacts=artifacts)
-            train_with(Experiment.load(self.script), options)
-            return 0
-        return 1
+        try:
+            with cli._failures(debug=True):
+                train_with(Experiment.load(self.script), options)
+        except click.exceptions.Exit as end:
+            return end.exit_code
+        except KeyboardInterrupt:  # Before our handlers were there.
+            return 128 + signal.SIGINT
+        return 0
 
 
-def kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def left_of(session: int) -> int:
+    """Return how many processes of a session are there after a while."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (left := _processes_of(session)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
 
 
-def only_run(artifacts: Path) -> Run:
-    (folder,) = artifacts.iterdir()
-    return Run.read(folder)
+def _processes_of(session: int) -> int:
+    found = 0
+    for process in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            found += os.getsid(process) == session
+    return found
+
+
+def newest_run(folder: Path) -> Run:
+    return runs_of(folder / "artifacts", NAME)[0]
 
 
 def unbroken(lab: Lab, folder: Path) -> Outcome:
     folder.mkdir()
-    codes = lab.run(folder / "artifacts", None)
-    if any(codes):
+    if lab.run(folder, None).code:
         raise SystemExit((folder / "output.0").read_text())
-    return outcome_of(only_run(folder / "artifacts"), folder / "trace")
+    return outcome_of(newest_run(folder), folder / "trace")
 
 
-def broken(
-    lab: Lab, folder: Path, strikes: list[Callable[[Path], list[int]]]
-) -> Outcome | str | None:
-    """Train, broken off by each of `strikes` in turn, then to the end; None if one missed."""
-    folder.mkdir()
+def broken(lab: Lab, folder: Path, strikes: list[Strike], expected: Outcome) -> list[str] | None:
+    """Train, broken off by each of `strikes` in turn, then to the end.
+
+    Returns:
+        What is wrong with it. None if the training was over before it was struck.
+    """
+    faults = []
     for strike in strikes:
-        if strike(folder / "artifacts")[0] != -signal.SIGKILL:
+        end = lab.run(folder, strike)
+        if end.code == 0 or ((folder / "artifacts").exists() and is_completed(folder)):
             return None
-    codes = lab.run(folder / "artifacts", None)
-    if any(codes):
-        return f"exit codes {codes}: " + (folder / "output.0").read_text()[-2000:]
-    return outcome_of(only_run(folder / "artifacts"), folder / "trace")
+        faults += end.faults(strike)
+    end = lab.run(folder, None)
+    if end.code:
+        return [*faults, f"exit code {end.code}: {(folder / 'output.0').read_text()[-2000:]}"]
+    return faults + differences(expected, outcome_of(newest_run(folder), folder / "trace"))
 
 
-def strike_of(lab: Lab, chance: random.Random) -> tuple[str, Callable[[Path], list[int]]]:
-    """Return a way to break a training off, and its name."""
-    if chance.random() < 0.25:
-        seconds = chance.uniform(0.05, 1.2)
-        return f"after {seconds:.2f} s", lambda path: lab.run(path, None, after=seconds)
+def is_completed(folder: Path) -> bool:
+    """Return whether the newest run in a folder is."""
+    runs = runs_of(folder / "artifacts", NAME)
+    return bool(runs) and runs[0].state == "completed"
+
+
+def random_strike(chance: random.Random, signum: signal.Signals) -> Strike:
+    is_stop = signum != signal.SIGKILL
+    twice = is_stop and chance.random() < 0.2
+    if chance.random() < (0.5 if is_stop else 0.25):
+        return Strike(signum, seconds=chance.uniform(0.0 if is_stop else 0.05, 1.2), twice=twice)
     hook, count = chance.choice(HOOKS), chance.randint(1, 12)
     if "epoch" in hook or "validation" in hook or "save" in hook:
         count = chance.randint(1, 4)
-    return f"{hook} {count}", lambda path: lab.run(path, Killer(hook, count))
+    return Strike(signum, hook, count, twice=twice)
 
 
-def main(root: Path, name: str, points: int, seed: int = 0) -> None:
-    torch.set_num_threads(1)
-    lab = Lab(root / "project", name)
-    chance = random.Random(f"{name} {seed}")
-    expected = unbroken(lab, root / "unbroken")
-    point = 0
+def sweep(root: Path, name: str, points: int, signum: signal.Signals, seed: int) -> int:
+    """Sweep one configuration; return at how many points something was wrong."""
+    lab = Lab(root / name / "project", name)
+    chance = random.Random(f"{name} {signum} {seed}")
+    expected = unbroken(lab, root / name / "unbroken")
+    failed = point = 0
     while point < points:
-        chosen = [strike_of(lab, chance) for _ in range(3 if point % 4 == 3 else 1)]
+        strikes = [random_strike(chance, signum) for _ in range(3 if point % 4 == 3 else 1)]
         began = time.monotonic()
-        folder = root / str(point)
-        shutil.rmtree(folder, ignore_errors=True)
-        found = broken(lab, folder, [strike for _, strike in chosen])
-        if found is None:
-            continue  # The training was over before it was struck.
-        wrong = [found] if isinstance(found, str) else differences(expected, found)
+        folder = root / name / str(point)
+        folder.mkdir()
+        wrong = broken(lab, folder, strikes, expected)
+        if not wrong:
+            shutil.rmtree(folder)
+        if wrong is None:
+            continue
         line = {
             "configuration": name,
-            "killed": [described for described, _ in chosen],
-            "differences": wrong[:6],
+            "by": signum.name,
+            "struck": [str(strike) for strike in strikes],
+            "wrong": wrong[:6],
             "seconds": round(time.monotonic() - began, 2),
         }
         print(json.dumps(line), flush=True)
+        failed += bool(wrong)
         point += 1
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="an empty or new one, for all that is written")
+    parser.add_argument("points", type=int, help="how many, of each configuration")
+    parser.add_argument(
+        "configurations", nargs="*", choices=CONFIGURATIONS, default=[*CONFIGURATIONS]
+    )
+    parser.add_argument("--by", type=lambda name: signal.Signals[name], default=signal.SIGKILL)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = [
+        (given.folder, each, given.points, given.by, given.seed) for each in given.configurations
+    ]
+    return int(sum(sweep(*arguments) for arguments in chosen) > 0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *map(int, sys.argv[4:5]))
+    sys.exit(main())

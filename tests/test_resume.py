@@ -44,7 +44,7 @@ def struck(lab: Lab) -> Lab:
 
 def strike(lab: Lab, signum: int, step: int = 6) -> Result:
     """Train until `signum` strikes at `step`, in a process of its own."""
-    return lab.command("train", lab.path, STRIKE=str(step), SIGNAL=str(int(signum)))
+    return lab.forked(lab.path, STRIKE=str(step), SIGNAL=str(int(signum)))
 
 
 def same_as_unbroken(lab: Lab, run: Run) -> None:

@@ -166,6 +166,8 @@ class ExactResume(pl.Callback):
         """Go on as if no validation had been: what draws numbers after it must not depend on it."""
         self._before_validation = {}
         if trainer.state.fn == TrainerFn.FITTING:
+            # Also where a run goes on with a validation: it may have found the best.
+            self._is_new = True
             self._seed_for(trainer, Stream.AFTER_VALIDATION, trainer.fit_loop.batch_idx)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -255,15 +255,19 @@ class Loaders:
         if self.overfit and role.stage in ("train", "validate"):
             _set_sequential(loader)
         draws = not _draws_nothing(loader)
-        by_index = role.stage == "predict"
-        dataset = _Fitted(loader.dataset, bits if draws else None, by_index, desk)
-        vars(loader).update(dataset=dataset, collate_fn=_Collating(loader.collate_fn, dataset))
+        # What draws nothing and is made here needs no seed, and nobody asks what it is making.
+        is_bare = not draws and not loader.num_workers
+        if not is_bare:
+            by_index = role.stage == "predict"
+            dataset = _Fitted(loader.dataset, bits if draws else None, by_index, desk)
+            vars(loader).update(dataset=dataset, collate_fn=_Collating(loader.collate_fn, dataset))
         return Order(
             _index_sampler(loader),
             self.position if role.trains else None,
             bits,
             cycles=role.cycles,
             shard=self.shard,
+            stamps=not is_bare,
             **_options(loader),
         )
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,16 @@ def _to_resume(experiment: Experiment, wanted: str | bool) -> Run | None:
             f"run {run.name} is not one of {shown(experiment.script)}",
             f"its runs are named {experiment.base_name}-vN; give the script that the run was of",
         )
+    # Of a process on another host nothing can be known: who names the run says that it is gone.
+    is_elsewhere = run.record.host != socket.gethostname()
+    is_named = wanted not in (True, "")
+    if run.state == "running" and process_rank() == 0 and not (is_elsewhere and is_named):
+        hint = f"if that host is gone, name the run: --resume {run.name}"
+        raise UserError(
+            f"run {run.name} is being trained by process {run.record.pid} on host "
+            f"{run.record.host}",
+            hint if is_elsewhere else "stop it first",
+        )
     return run
 
 
@@ -166,10 +177,8 @@ def _newest(artifacts: Path, experiment: Experiment) -> Run:
     else:
         run = latest_unfinished(artifacts, experiment.base_name)
     run = run or next(iter(found), None)
-    if run is None or (run.state == "running" and process_rank() == 0):
-        why = (
-            f"the newest, {run.name}, is running" if run else "it has none yet: leave out --resume"
-        )
+    if run is None:
+        why = "it has none yet: leave out --resume"
         raise UserError(f"{shown(experiment.script)} has no run to resume", why)
     return run
 

@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -272,29 +272,37 @@ class Run:
         record = Run.read(self.folder).record
         return f"process {record.pid} on host {record.host}"
 
-    def reopen(self, from_step: int | None = None) -> None:
+    def reopen(self, from_step: int | None = None, changed: Sequence[str] = ()) -> None:
         """Go on with a run that has ended: lock it, and record that this process trains it.
 
         Args:
             from_step: The step that training goes on from, if that is known.
+            changed: What differs from the hparams that it began with.
 
         Raises:
             UserError: Another process has it, or has completed it by now.
         """
         try:
             self.lock()
-            self._reopen(from_step)
+            self._reopen(from_step, changed)
         except OSError as error:
             raise UserError(f"cannot go on with {self.name}: {error.strerror}") from None
 
-    def _reopen(self, from_step: int | None) -> None:
+    def _reopen(self, from_step: int | None, changed: Sequence[str]) -> None:
         # What it was when it was looked at may have changed while waiting for the lock.
         before = Run.read(self.folder).record
         if before.state == "completed":
             self._unlock()
             raise UserError(f"run {self.name} is completed")
-        host, pid, argv = socket.gethostname(), os.getpid(), masked_arguments(sys.argv)
-        resumed = {"when": _now(), "host": host, "pid": pid, "argv": argv, "from_step": from_step}
+        host, pid = socket.gethostname(), os.getpid()
+        resumed = {
+            "when": _now(),
+            "host": host,
+            "pid": pid,
+            "argv": masked_arguments(sys.argv),
+            "from_step": from_step,
+            "changed": list(changed),
+        }
         self.record = replace(
             before,
             state="running",
@@ -402,19 +410,25 @@ class Run:
     def write_sources(self, root: Path, scripts: Iterable[Path], changes: bytes) -> None:
         """Copy `scripts` by their paths below `root`, and write the uncommitted `changes`.
 
-        What looks like a secret in them is masked.
+        What looks like a secret in them is masked. Of a run that goes on, what has changed since it
+        began goes to a folder of its own.
         """
-        sources = self.folder / "sources"
-        sources.mkdir(exist_ok=True)
         for script in scripts:
             # A `..` in it would lead out of the folder.
             path = script if ".." not in script.parts else script.resolve()
             below = path.relative_to(root if path.is_relative_to(root) else path.anchor)
-            target = sources / below
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(masked_script(path.read_bytes()))
+            self._keep_source(below, masked_script(path.read_bytes()))
         if changes:
-            (sources / "changes.diff").write_bytes(masked_diff(changes))
+            self._keep_source(Path("changes.diff"), masked_diff(changes))
+
+    def _keep_source(self, below: Path, content: bytes) -> None:
+        target = self.folder / "sources" / below
+        if self.record.resumed:
+            if target.is_file() and target.read_bytes() == content:
+                return
+            target = self.folder / "sources" / f"resumed-{len(self.record.resumed)}" / below
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
 
     def close(self, state: str, metrics: Mapping[str, float], reason: str | None = None) -> None:
         """Record how the run ended."""

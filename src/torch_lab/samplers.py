@@ -98,6 +98,7 @@ class Order:
         cycles: Whether the loader is gone through again within an epoch, as often as needed.
         yields_batches: Whether `given` yields batches.
         shard: Whether each process of a distributed run gets a part.
+        stamps: Whether the batches carry a stamp.
         keeps_workers: Whether the loader's workers outlive a pass.
         ahead: How many batches the workers may be ahead by.
     """
@@ -112,6 +113,7 @@ class Order:
         cycles: bool = False,
         yields_batches: bool = True,
         shard: bool = True,
+        stamps: bool = True,
         keeps_workers: bool = False,
         ahead: int = 0,
     ) -> None:
@@ -125,6 +127,7 @@ class Order:
         self.generator = generator
         self.cycles = cycles
         self.stamp_with = StampedBatch if yields_batches else StampedIndex
+        self.stamps = stamps
         self.shard = shard and not isinstance(_innermost(given), DistributedSampler)
         self.keeps_workers = keeps_workers
         self.current = Pass(0, 0)
@@ -170,6 +173,9 @@ class Order:
         rank, _ = self._rank_and_size()
         for number, given in enumerate(self._batches(current), current.skipped):
             self.handed_out.append((number, given))
+            if not self.stamps:
+                yield given
+                continue
             yield self.stamp_with(given, Stamp(current.epoch, current.number, number, rank))
 
     def _batches(self, current: Pass) -> Iterator[Any]:

@@ -98,8 +98,7 @@ class Training:
     options: Options
     start: Start
     metrics: dict[str, float] = field(default_factory=dict)
-    has_folder: bool = False
-    """Whether the run's folder is taken."""
+    _is_reopened: bool = False
 
     @property
     def hparams(self) -> Hparams:
@@ -115,11 +114,16 @@ class Training:
         """Take the run's folder: a new one, or that of the run that goes on."""
         if self.options.resume is None:
             self.run.reserve()
-            self.has_folder = True
             return
-        self.run.reopen(self.start.step if self.goes_on else None)
-        self.has_folder = True
+        changed = changed_hparams(self.run, self.hparams)
+        self.run.reopen(self.start.step if self.goes_on else None, changed)
+        self._is_reopened = True
         cut_back(self.run.metrics_folder, self.start.marks or {})
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether the run's folder is taken, so that how it ends is to be recorded there."""
+        return self._is_reopened if self.options.resume else bool(self.run.record.version)
 
     def validate_before(self) -> None:
         """Validate once, for the baseline point of the curves, if wanted and if there is data."""
