@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -169,6 +171,31 @@ class Lab:
             check=False,
         )
         return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(autouse=True)
+def checkpoints_can_be_trusted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check that every checkpoint that a test's runs have written loads with `weights_only=True`.
+
+    Those that a test has damaged or replaced are not those that their sidecars tell of.
+    """
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if folder and (written := [*filter(is_own, folder.rglob("checkpoints/*.ckpt"))]):
+        import torch
+
+        for path in written:
+            torch.load(path, map_location="meta", weights_only=True)
+
+
+def is_own(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is as its run has written it."""
+    sidecar, record = checkpoint.with_suffix(".json"), checkpoint.parent.parent / "run.json"
+    try:
+        digest = json.loads(sidecar.read_text())["sha256"]
+        return record.is_file() and digest == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @pytest.fixture

@@ -531,16 +531,15 @@ class Stubborn(pl.Callback):
     def on_train_batch_end(self, *args):
         print("trained", flush=True)
         time.sleep(60)
-    def on_exception(self, *args):
-        print("ending", flush=True)
-        time.sleep(60)
 """,
     )
-    with lab.start("train", lab.path, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        for word in ("trained\n", "ending\n"):
-            assert process.stdout.readline() == word
-            process.send_signal(signal.SIGTERM)
+    with lab.start("train", lab.path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "trained\n"
+        process.send_signal(signal.SIGTERM)
+        while "stopping after this batch" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGTERM)
         assert process.wait(20) == ExitCode.TERMINATED
 
 

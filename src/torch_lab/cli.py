@@ -16,7 +16,18 @@ import click
 
 from torch_lab.errors import ExitCode, Interrupted, TorchLabError, UserError
 
-__all__ = ["infer", "infer_entry", "main", "torch_lab", "torch_lab_entry", "train", "train_entry"]
+__all__ = [
+    "infer",
+    "infer_entry",
+    "main",
+    "runs",
+    "torch_lab",
+    "torch_lab_entry",
+    "trace",
+    "train",
+    "train_entry",
+    "verify_resume",
+]
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

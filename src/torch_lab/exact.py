@@ -118,14 +118,15 @@ class ExactResume(pl.Callback):
         self._is_new = True
         seed_generators(derived(self._bits_of_epoch, batch_idx))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let signals end the run where they find it again."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Answer a signal that came when the last checkpoint was being written."""
         self.stop.deferred = False
+        self.stop.answer()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Do the same."""
+        """Let signals end the run where they find it again."""
         self.stop.deferred = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,6 +140,7 @@ class ExactResume(pl.Callback):
                 "seen_batches": self._seen(trainer),
                 "callbacks": copy.deepcopy(_states_of_callbacks(trainer)),
                 "metrics": _states_of_metrics(pl_module),
+                "marks": self._marks(trainer),
             }
         self._seed_for(trainer, Stream.VALIDATION)
 
@@ -226,6 +228,9 @@ class ExactResume(pl.Callback):
         batch = _set_counters(checkpoint, point)
         if point == Point.VALIDATION:
             checkpoint["callbacks"] |= self._before_validation["callbacks"]
+        # What a validation has counted and logged before it is broken off, it does again.
+        before = self._before_validation
+        marks = before["marks"] if before else None
         state = {
             "point": str(point),
             "epoch": _epochs_done(trainer),
@@ -233,11 +238,17 @@ class ExactResume(pl.Callback):
             "should_stop": trainer.should_stop,
             "logged": _logged(trainer),
             "fresh": writer.fresh_names(trainer),
-            "seen_batches": self._before_validation.get("seen_batches") or self._seen(trainer),
-            "marks": writer.marks,
+            "seen_batches": before["seen_batches"] if before else self._seen(trainer),
+            "marks": writer.marks if marks is None else marks,
             "conditions": self.conditions(trainer),
         }
         checkpoint[STATE] = state | {"ranks": self._state_of_ranks(trainer, pl_module, point)}
+
+    def _marks(self, trainer: pl.Trainer) -> dict[str, int] | None:
+        """Return how long the event files are, if a validation may be broken off."""
+        if self._writer is None or trainer.world_size > 1:
+            return None
+        return self._writer.logger.mark()
 
     def _seen(self, trainer: pl.Trainer) -> dict[int, int]:
         """Return the numbers of batches that validations have seen, which are steps in the log."""
@@ -263,7 +274,8 @@ class ExactResume(pl.Callback):
             # Of a module that optimises by itself, only it knows whether they matter.
             if _is_accumulating(trainer) or not module.automatic_optimization:
                 own["gradients"] = _gradients(module)
-        own["metrics"] = self._before_validation.get("metrics") or _states_of_metrics(module)
+        before = self._before_validation
+        own["metrics"] = before["metrics"] if before else _states_of_metrics(module)
         return _gathered(own)
 
     # Going on.

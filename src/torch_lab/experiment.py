@@ -14,6 +14,7 @@ from types import ModuleType, TracebackType
 from torch_lab.components import InferComponents, TrainComponents
 from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean
 from torch_lab.hparams import Hparams
+from torch_lab.redaction import masked
 from torch_lab.runs import project_root
 from torch_lab.scripts import Layer, import_script_as_module, layers_of, running, siblings_of
 from torch_lab.utils import flattened, shown
@@ -98,8 +99,8 @@ class Experiment:
     def differences(self) -> list[Difference]:
         """Return in what the hparams differ from those of the base layer."""
         first, last = self.layers[0].hparams, self.layers[-1].hparams
-        base = flattened(first) if isinstance(first, dict) else {}
-        own = flattened(last)
+        base = flattened(masked(first)) if isinstance(first, dict) else {}
+        own = flattened(masked(last))
         pairs = {key: (base.get(key, _NOTHING), own.get(key, _NOTHING)) for key in [*base, *own]}
         return [
             Difference(key, before, after)

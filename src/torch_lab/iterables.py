@@ -18,7 +18,7 @@ from torch_lab.errors import CheckpointError
 from torch_lab.samplers import Order, Pass, Position
 from torch_lab.seeds import derived, seed_cpu_generators
 
-__all__ = ["Enveloping", "Source", "SourceOrder", "has_state"]
+__all__ = ["Envelope", "Enveloping", "Feed", "Report", "Source", "SourceOrder", "has_state"]
 
 _KEPT_BATCHES: Final = 8
 """Lightning fetches one batch more than it has trained, where a loader has no length."""

@@ -44,8 +44,6 @@ def _start_rows(training: Training) -> Iterator[tuple[str, str]]:
     elif training.source is not None:
         how = "goes on from" if start.source else "starts from the weights in"
         yield "from", f"{how} {training.source}"
-        if start.report is not None and start.report.is_partial:
-            yield "weights", str(start.report)
     if start.changes:
         yield "not exact", "\n".join(start.changes)
 

@@ -32,7 +32,7 @@ from torch_lab.training import Options
 from torch_lab.utils import process_rank
 from torch_lab.verify import Hook, KillPoint
 
-__all__ = ["Trace", "TracedRun"]
+__all__ = ["Trace", "TracedRun", "digests"]
 
 _WEIGHTS_BYTES_PER_STEP = 2**24
 """So much is hashed in some 8 ms; larger models are looked at every few steps."""

@@ -42,7 +42,7 @@ from torch_lab.samplers import Position
 from torch_lab.saving import CheckpointWriter
 from torch_lab.signals import StopRequest
 from torch_lab.utils import flattened, process_rank, shown
-from torch_lab.weights import LoadReport, check_fits, load_source
+from torch_lab.weights import check_fits, load_source
 
 __all__ = [
     "Options",
@@ -212,8 +212,6 @@ class Start:
     step: int = 0
     source: Source | None = None
     """The checkpoint that it goes on from in full."""
-    report: LoadReport | None = None
-    """Which weights were loaded, if these alone were wanted."""
     marks: Mapping[str, int] | None = None
     """Where the event files ended at the checkpoint of a run that goes on."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -312,7 +310,8 @@ def _start(
         return Start(was=was)
     is_own = resumed and source.run and source.run.record.id == resumed.record.id
     if hparams.checkpoint.weights_only and not is_own:
-        return Start(report=load_source(module, source, hparams.checkpoint), was=was)
+        load_source(module, source, hparams.checkpoint)
+        return Start(was=was)
     check_fits(module, source)
     found = source.load()
     state = found.get(STATE, {})
@@ -327,7 +326,7 @@ def _start(
         )
     metrics = _numbers(state["logged"]["callback"])
     step = int(found["global_step"])
-    return Start(step, source, None, state["marks"], metrics, was, changes)
+    return Start(step, source, state["marks"], metrics, was, changes)
 
 
 def _with_loaders(

@@ -160,14 +160,15 @@ def _cause(
         return f"not finite in the batch: {_listing(bad, ids)}", MEND_INPUTS
     if bad := _bad_parameters(module):
         return f"not finite among the parameters: {_listing(bad)}{step_before}", MEND_STEPS
+    named = f" ({_samples(ids, range(size))})" if ids else ""
     try:
         predictions = dict(_tensors(_predictions(trainer, module, batch), "the prediction"))
     except Exception:
         # The user's forward need not be made for a call with x alone.
-        return "the batch and the parameters are finite", f"{MEND_STEPS} {MEND_LOSS}"
+        return f"the batch{named} and the parameters are finite", f"{MEND_STEPS} {MEND_LOSS}"
     if bad := _bad(predictions, size):
         return f"not finite: {_listing(bad, ids)}, though batch and parameters are", MEND_STEPS
-    return "the batch, the parameters and the prediction are finite", MEND_LOSS
+    return f"the batch{named}, the parameters and the prediction are finite", MEND_LOSS
 
 
 def _listing(findings: Sequence[_Finding], ids: Sequence[Any] | None = None) -> str:
