@@ -375,7 +375,6 @@ class Outcome:
 
     trace: list[dict[Any, Any]] = field(default_factory=list)
     scalars: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    validations: int = 0
     checkpoint: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     best: Any = None
@@ -401,12 +400,12 @@ def outcome_of(run: Run, trace: Path) -> Outcome:
         name: {key: value for key, value in state.items() if key != "run_id"}
         for name, state in checkpoint["callbacks"].items()
     }
-    best = torch.load(run.checkpoint("best"), weights_only=True)
     scalars = scalars_of(run.metrics_folder)
+    content["validations"] = len(scalars["loss/validate"])
+    best = torch.load(run.checkpoint("best"), weights_only=True)
     return Outcome(
         [trace_of(path) for path in sorted(trace.parent.glob(f"{trace.name}.*"))],
         scalars,
-        len(scalars["loss/validate"]),
         content,
         run.metrics,
         {"score": run.best_score, "weights": best["state_dict"], "step": best["global_step"]},

@@ -603,10 +603,8 @@ def moments(saver: Saver, run: Run, step: int, **wish: Any) -> Iterator[int]:
     assert moment > 8
 
 
-THROUGH = [pytest.param("last", marks=pytest.mark.slow), "best"]
-
-
-@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["last", "best"])
 def test_a_kill_between_two_operations_leaves_whole_checkpoints(
     run: Run, saver: Saver, through: str
 ) -> None:

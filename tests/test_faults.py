@@ -25,6 +25,7 @@ import pathlib
 import signal
 import subprocess
 import time
+import traceback
 
 import psutil
 import pytorch_lightning as pl
@@ -44,6 +45,10 @@ class Samples(Dataset):
         self.trains = seed == 1
 
     def __len__(self):
+        if self.trains and fault("stop_early"):
+            for frame in traceback.extract_stack():
+                if frame.name == "__iter__" and "combined_loader" in frame.filename:
+                    os.kill(os.getpid(), signal.SIGTERM)
         return len(self.x)
 
     def __getitem__(self, index):
@@ -301,6 +306,46 @@ def test_a_folder_that_stays_read_only_ends_the_run(faulty: Faulty) -> None:
     assert faulty.run.sidecar("last")["step"] == 8  # type: ignore[index]
     assert faulty.train("--resume").code == 0
     same_end(faulty, faulty.run)
+
+
+# Signals.
+
+
+def test_a_signal_that_has_lightning_fail_is_a_stop(faulty: Faulty) -> None:
+    """Before the first batch, where Lightning cannot clear up after any error."""
+    result = faulty.train(fault="stop_early")
+    assert result.code == ExitCode.TERMINATED, result.err
+    assert "stopped by SIGTERM" in result.err
+    assert faulty.run.state == "stopped"
+    assert faulty.train("--resume").code == 0
+    same_end(faulty, faulty.run)
+
+
+STEPS_OF_VALIDATION = """
+
+class Net(Net):
+    def validation_step(self, batch, batch_idx):
+        loss = super().validation_step(batch, batch_idx)
+        self.log("own", loss, on_step=True)
+        if fault("stop_validation") and self.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+
+def train_config"""
+
+
+def test_a_broken_off_validation_is_logged_once(faulty: Faulty) -> None:
+    """Its steps too, though it begins again; and the best that it finds is written."""
+    faulty.lab.write("__main__.py", CONFIG.replace("\n\ndef train_config", STEPS_OF_VALIDATION))
+    assert faulty.train(fault="stop_validation").code == ExitCode.TERMINATED
+    assert faulty.run.sidecar("last")["step"] == 4  # type: ignore[index]
+    assert faulty.train("--resume").code == 0
+    run = faulty.run
+    assert len(scalars(run)["own_step"]) == 16
+    same_end(faulty, run)
+    for sidecar in (each.sidecar("best") for each in (run, faulty.run)):
+        assert sidecar and (sidecar["step"], sidecar["score"]) == (12, run.best_score)
 
 
 # Workers, samples and memory.

@@ -602,7 +602,7 @@ print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(count)])
 """
 
 
-@pytest.mark.parametrize("count", [2, 20])
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_launches_in_the_same_instant_are_runs_of_their_own(lab: Lab, count: int) -> None:
     """Each has its own version, and all are whole."""
     done = subprocess.run(

@@ -279,7 +279,7 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
     except BaseException as raised:
         if not training.has_folder:
             raise
-        error = failure_elsewhere(run, raised) or raised
+        error = failure_elsewhere(run, raised) or _interruption(raised) or raised
         is_new = training.options.resume is None and not training.has_trained
         if isinstance(error, UserError) and is_new:
             run.discard()
@@ -302,6 +302,13 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
         run.close("completed", training.metrics)
     finally:
         training.logger.close()
+
+
+def _interruption(error: BaseException | None) -> Interrupted | None:
+    """Return the interruption that `error` came after: Lightning may fail while it clears up."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error
 
 
 def _reason(error: BaseException) -> str:
