@@ -82,6 +82,8 @@ class Net(TrainLabModule):
         loss = super().validation_step(batch, batch_idx)
         if fault("nan_validation") and self.current_epoch > 0:
             self._epoch_losses["validate"].totals["loss"] += float("nan")
+        if fault("nan_validation_loss") and self.current_epoch > 0:
+            return loss * float("nan")
         return loss
 
 
@@ -210,7 +212,15 @@ def test_a_nan_at_the_step_where_a_run_goes_on(faulty: Faulty) -> None:
     same_end(faulty, faulty.run)
 
 
-def test_a_nan_in_validation_alone(faulty: Faulty) -> None:
+def test_a_nan_loss_in_validation_alone(faulty: Faulty) -> None:
+    """The run ends, and names step and samples; the checkpoints are those of before."""
+    result = faulty.train(fault="nan_validation_loss")
+    assert result.code == ExitCode.NON_FINITE, result.err
+    assert "the validation loss is NaN at step 8, epoch 2" in result.err
+    assert faulty.finite("last") and faulty.finite("best")
+
+
+def test_a_nan_in_what_validation_logs(faulty: Faulty) -> None:
     """Training goes on; it is never the best, and the record stays readable for all."""
     result = faulty.train(fault="nan_validation")
     assert result.code == 0, result.err

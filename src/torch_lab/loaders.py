@@ -132,6 +132,11 @@ class Loaders:
         """What is known of each loader's iteration."""
         return list(self._watches.values())
 
+    @property
+    def have_partial_batches(self) -> bool:
+        """Whether the last batch of a loader is smaller than the others."""
+        return any(watch.order.has_partial_batch for watch in self.watches)
+
     def facts(self) -> dict[str, dict[str, int | None]]:
         """Return how much data there is to train with, by loader; None where that is not known."""
         return {

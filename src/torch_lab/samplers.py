@@ -146,6 +146,13 @@ class Order:
         self.generator.manual_seed(derived(self.bits, Stream.WORKERS, *parts))
         return self._stamped(current)
 
+    @property
+    def has_partial_batch(self) -> bool:
+        """Whether the last batch is smaller than the others."""
+        if self.batch_size is None or self.given.drop_last:
+            return False
+        return bool((_length(self.source) or 0) % self.batch_size)
+
     def next_pass(self) -> Pass:
         """Return the pass that begins now."""
         if self.position is None:

@@ -31,6 +31,8 @@ MEND_STEPS = (
 class NanMonitor(pl.Callback):
     """Stops the training at the first loss that is NaN or infinite, before its backward pass.
 
+    In a validation, what `validation_step` returns is looked at, if it is a tensor or has a `loss`.
+
     The parameters are then still those of the last good step. The error names the tensors of the
     batch, or else the parameters or predictions, that are not finite, their samples (`idx` of the
     metadata, or else positions in the batch), and how many values it is.
@@ -81,6 +83,19 @@ class NanMonitor(pl.Callback):
             if isinstance(loss, Tensor) and not _is_finite(loss):
                 raise _explained(trainer, pl_module, batch, loss, "")
 
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.is_floating_point() and not _is_finite(loss):
+            raise _explained(trainer, pl_module, batch, loss, "", "validation")
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -124,14 +139,19 @@ def _is_finite(loss: Tensor) -> bool:
 
 
 def _explained(
-    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, loss: Tensor, step_before: str
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    batch: Any,
+    loss: Tensor,
+    step_before: str,
+    stage: str = "training",
 ) -> NonFiniteError:
     """Return the error that says where the loss got its value from, as far as can be found."""
     cause, hint = _cause(trainer, module, batch, step_before)
     value = "NaN" if loss.isnan().any() else "infinite"
     parts = ", ".join(_bad_parts(trainer))
     return NonFiniteError(
-        f"the training loss is {value}{f' (of it: {parts})' if parts else ''} at step "
+        f"the {stage} loss is {value}{f' (of it: {parts})' if parts else ''} at step "
         f"{trainer.global_step}, epoch {trainer.current_epoch + 1}: {cause}",
         hint,
     )
