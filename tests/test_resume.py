@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch_lab.runs import Run
 
 STRUCK = """
 import os
-import signal
+import time
 
 import pytorch_lightning as pl
 
@@ -29,6 +28,8 @@ class Strike(pl.Callback):
     def on_train_batch_end(self, trainer, *args):
         if os.environ.get("STRIKE") == f"{trainer.global_step}":
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+        if "SLOW" in os.environ:
+            time.sleep(1)
 """
 
 
@@ -134,13 +135,12 @@ def test_there_must_be_a_run_to_resume(lab: Lab) -> None:
 def test_a_run_that_is_alive_is_not_resumed(struck: Lab) -> None:
     """Two processes never write one folder."""
     strike(struck, signal.SIGTERM)
-    with struck.start("train", struck.path, env=struck.environment(STRIKE="-1")) as process:
+    with struck.start("train", struck.path, env=struck.environment(SLOW="")) as process:
         deadline = time.monotonic() + 30
         while len(struck.runs) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGSTOP)
         result = struck.train(struck.path, "--resume", "00_toy-hparams-v2")
-        os.kill(process.pid, signal.SIGCONT)
+        process.kill()
         process.communicate(timeout=60)
     assert result.code == ExitCode.USAGE
     assert "is being trained by process" in result.err

@@ -125,7 +125,7 @@ def test_ranks_that_disagree_on_the_score_do_not_hang(lab: Lab) -> None:
     assert lab.run().sidecar("best")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
 def test_a_nan_on_another_rank_is_told(lab: Lab, strategy: str) -> None:
     """Exit 4 and the reason, though rank zero itself saw none."""
     own(
