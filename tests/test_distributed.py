@@ -38,6 +38,7 @@ def script(name: str) -> Path:
     return Path(sys.executable).with_name(name)
 
 
+@pytest.mark.slow
 def test_ddp_starts_from_the_console_script(pair: Lab) -> None:
     """Lightning starts the script again for rank 1, and both write one run."""
     done = subprocess.run(

@@ -137,7 +137,8 @@ def test_a_run_that_is_alive_is_not_resumed(struck: Lab) -> None:
     strike(struck, signal.SIGTERM)
     with struck.start("train", struck.path, env=struck.environment(SLOW="")) as process:
         deadline = time.monotonic() + 30
-        while len(struck.runs) < 2 and time.monotonic() < deadline:
+        record = struck.root / "data/artifacts/00_toy-hparams-v2/run.json"
+        while not record.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         result = struck.train(struck.path, "--resume", "00_toy-hparams-v2")
         process.kill()

@@ -79,6 +79,7 @@ def test_an_exact_experiment_is_found_exact(lab: Lab) -> None:
     assert not (lab.root / "data").exists()
 
 
+@pytest.mark.slow
 def test_a_generator_in_the_data_is_found(lab: Lab) -> None:
     """Of a dataset with a generator of its own: the step, the quantity, the cause, the folder."""
     lab.config("def train_config", NOISY)

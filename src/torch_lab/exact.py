@@ -9,7 +9,7 @@ Lightning cannot go on from any point, and from some it goes on wrongly. A check
 written only between two batches or two epochs, or before a validation, with the counters of the
 loops as they stand there; and going on from it sets the loops to that very point.
 
-All that is private to Lightning and used for this is in this file.
+All that is private to Lightning's loops, and set for this, is set in this file.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 STATE: Final = "torch_lab_exact"
 """The key of our state in a checkpoint."""
 _SECONDS_BETWEEN_AGREEMENTS = 0.25
+_MOST_BATCHES_BETWEEN_AGREEMENTS = 16
+"""Batches that come quickly may become slow, and a signal must not wait for many of those."""
 
 
 class ExactResume(pl.Callback):
@@ -54,6 +56,8 @@ class ExactResume(pl.Callback):
         position: What the samplers of the training data read.
         loaders: The loaders; they may have a state of their own.
         stop: The wish to end the run, answered at the next point.
+        continues: Whether the run goes on itself; a new one that starts from another's state has
+            stoppers of its own.
         refuses_changes: Whether data that is not that of the checkpoint ends the run.
 
     Raises:
@@ -67,6 +71,7 @@ class ExactResume(pl.Callback):
         loaders: Loaders,
         stop: StopRequest,
         *,
+        continues: bool = False,
         refuses_changes: bool = False,
     ) -> None:
         self.seed = seed
@@ -74,6 +79,7 @@ class ExactResume(pl.Callback):
         self.loaders = loaders
         self.stop = stop
         self.refuses_changes = refuses_changes
+        self.continues = continues
         self._restored: dict[str, Any] | None = None
         self._seen_batches: dict[int, int] | None = None
         self._before_validation: dict[str, Any] = {}
@@ -219,9 +225,10 @@ class ExactResume(pl.Callback):
         if not (signum or due):
             return
         if writer is not None and self._is_new:
-            # At the end of an accumulation there are no gradients to be written.
+            # At the end of an accumulation there are no gradients to be written; but the best
+            # weights will be others then.
             can_wait = point == Point.BATCH and _is_accumulating(trainer)
-            if signum or not can_wait:
+            if signum or writer.has_found_the_best or not can_wait:
                 writer.write(trainer, point)
                 self._is_new = False
         if signum:
@@ -319,7 +326,8 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, state: Mapping[str, Any]
     ) -> None:
         own = _of_this_rank(trainer, state)
-        trainer.should_stop = state["should_stop"]
+        if self.continues:
+            trainer.should_stop = state["should_stop"]
         self._seen_batches = dict(state["seen_batches"])
         _restore_logged(trainer, state["logged"])
         _restore_metrics(module, own["metrics"])
@@ -339,6 +347,9 @@ def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
         yield f"the seed was {before['seed']} and is {now['seed']}"
     if before["processes"] != now["processes"]:
         yield f"there were {before['processes']} processes and are {now['processes']}"
+    names = [" and ".join(sorted(side["loaders"])) for side in (before, now)]
+    if now["loaders"] and names[0] != names[1]:  # Those of a datamodule are not known at once.
+        yield f"the loaders were {names[0]} and are {names[1]}"
     for name in before["loaders"].keys() & now["loaders"].keys():
         was, is_now = before["loaders"][name], now["loaders"][name]
         if was != is_now:
@@ -380,7 +391,8 @@ class _Agreement:
         """Return after how many batches to ask again, from how long the last ones took."""
         done = max(1, self._interval - max(0, self._left))
         seconds = max(1e-6, (time.monotonic() - self._asked_at) / done)
-        return max(1, min(2 * self._interval, round(_SECONDS_BETWEEN_AGREEMENTS / seconds)))
+        wanted = round(_SECONDS_BETWEEN_AGREEMENTS / seconds)
+        return max(1, min(2 * self._interval, wanted, _MOST_BATCHES_BETWEEN_AGREEMENTS))
 
 
 def _writer_of(trainer: pl.Trainer) -> CheckpointWriter | None:

@@ -22,7 +22,7 @@ __all__ = ["Envelope", "Enveloping", "Feed", "Report", "Source", "SourceOrder", 
 
 _KEPT_BATCHES: Final = 8
 """Lightning fetches one batch more than it has trained, where a loader has no length."""
-_FILLER: Final = "filler"
+_FILLER: Final = object()
 
 
 def has_state(dataset: object) -> bool:
@@ -162,7 +162,7 @@ class Enveloping:
 
     def __call__(self, samples: Any) -> Envelope:
         first = samples[0] if isinstance(samples, list) else samples
-        if isinstance(first, str) and first == _FILLER:
+        if first is _FILLER:
             return Envelope(None, None)
         return Envelope(self.collate(samples), self.source.report())
 

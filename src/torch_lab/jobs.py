@@ -36,6 +36,7 @@ _STATES: dict[int, str] = {
     ExitCode.HANGUP: "stopped by SIGHUP",
     ExitCode.INTERRUPT: "stopped by SIGINT",
     ExitCode.TERMINATED: "stopped by SIGTERM",
+    ExitCode.WARNED: "stopped by SIGUSR1",
     **{-each: f"killed by {each.name}" for each in signal.Signals},
 }
 

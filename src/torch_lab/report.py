@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from math import isfinite
@@ -88,7 +89,7 @@ def closing_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "plots", shown(run.plots_folder)
     yield "folder", shown(run.folder)
     yield "look", f"tensorboard --logdir {_quoted(run.metrics_folder)}"
-    if run.state in ("failed", "stopped") and (run.sidecar("last") or run.sidecar("previous")):
+    if run.state in ("failed", "stopped"):
         yield "go on", f"train {_quoted(Path(run.record.script))} --resume {run.name}"
     if run.best is not None:
         yield "use", f'torch_lab.load_weights(model, "{run.name}", name="best")'
@@ -106,8 +107,7 @@ def _listed(metrics: Mapping[str, float]) -> str:
 
 
 def _quoted(path: Path) -> str:
-    text = shown(path)
-    return f"'{text}'" if " " in text else text
+    return shlex.quote(shown(path))
 
 
 def duration(run: Run) -> str:

@@ -82,6 +82,8 @@ def train(
         NonFiniteError: The loss became NaN or infinite.
         Interrupted: A signal asked the run to end.
     """
+    if resume is not False and dev_run is not None:
+        raise UserError("--dev-run and --resume contradict each other: a dev run leaves nothing")
     experiment = _loaded(path)
     options = Options(
         dev_run=DevRun.parse(dev_run) if isinstance(dev_run, (str, int, float)) else dev_run,

@@ -77,11 +77,13 @@ class CheckpointWriter(Checkpoint):
         self._steps_at_write = 0
         self._written_at = time.monotonic()
         self._kept: list[_Kept] = []
+        self._kept_on_disk: list[_Kept] = []
         self._due: _Kept | None = None
         self._old: dict[str, Any] = {}
         self._logged_by: str | None = None
         self._failures = 0
         self._failing_since: str | None = None
+        self._failure = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count the minutes and steps to the first checkpoint."""
@@ -105,11 +107,18 @@ class CheckpointWriter(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `last`, after what the other callbacks have done at the end."""
         self.write(trainer, Point.END)
+        if self._failures:
+            # Nothing comes after it that could try again.
+            raise self._not_written()
+
+    @property
+    def has_found_the_best(self) -> bool:
+        """Whether the weights of now are among the best, and not written yet."""
+        return self._due is not None
 
     def is_due_by_steps(self, trainer: pl.Trainer) -> bool:
         """Return whether the best was found, or enough steps were made; the same on all ranks."""
-        # After a failure the next regular checkpoint tries again, not the next batch.
-        if self._due is not None and not self._failures:
+        if self.has_found_the_best:
             return True
         every = self.section.every_n_steps
         return every is not None and trainer.global_step - self._steps_at_write >= every
@@ -178,22 +187,29 @@ class CheckpointWriter(Checkpoint):
         if self._failures:
             log.info("checkpoints are written again")
         self._failures, self._failing_since, self._due = 0, None, None
+        self._kept_on_disk = self._kept
 
     def _has_failed(self, failure: str) -> None:
         self._failures += 1
         self._failing_since = self._failing_since or datetime.now().strftime("%H:%M:%S")
+        self._failure = failure
         what = "last" if self._due is None else f"last and {self._due.name}"
+        # The next one will hold other weights than those that were the best.
+        self._kept, self._due = self._kept_on_disk, None
         limit = self.section.give_up_after
         if self._failures >= limit:
-            raise NotWrittenError(
-                f"{self._failures} checkpoints in a row could not be written since "
-                f"{self._failing_since}: {failure}",
-                f"make room in {shown(self.run.folder)}, or raise checkpoint.give_up_after; "
-                "the last good checkpoint stands",
-            )
+            raise self._not_written()
         log.error(
             "checkpoint %s was not written: %s; none was since %s (%d of %d before the run stops)",
             *(what, failure, self._failing_since, self._failures, limit),
+        )
+
+    def _not_written(self) -> NotWrittenError:
+        several = f"{self._failures} checkpoints in a row" if self._failures > 1 else "a checkpoint"
+        return NotWrittenError(
+            f"{several} could not be written since {self._failing_since}: {self._failure}",
+            f"make room in {shown(self.run.folder)}, or raise checkpoint.give_up_after; "
+            "the last good checkpoint stands",
         )
 
     def _consider(self, trainer: pl.Trainer, stage: str) -> None:
@@ -248,7 +264,7 @@ class CheckpointWriter(Checkpoint):
         """Go on from `state_dict`; another run has no `best` file yet, so its scores start anew."""
         self._logged_by = state_dict["logged_by"]
         if state_dict.get("run_id") == self.run.record.id:
-            self._kept = [_Kept(**kept) for kept in state_dict["kept"]]
+            self._kept = self._kept_on_disk = [_Kept(**kept) for kept in state_dict["kept"]]
 
     def forget_old_metrics(self, restored: Mapping[str, Any], fresh: list[str]) -> None:
         """Take all but the `fresh` ones of the `restored` metrics for those of earlier epochs."""

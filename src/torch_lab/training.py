@@ -118,6 +118,7 @@ class Training:
         changed = changed_hparams(self.run, self.hparams)
         self.run.reopen(self.start.step if self.goes_on else None, changed)
         self._is_reopened = True
+        (self.run.folder / _FAILURE).unlink(missing_ok=True)
         cut_back(self.run.metrics_folder, self.start.marks or {})
 
     @property
@@ -259,8 +260,13 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     code = code_state(experiment.root)
     run = options.resume or _planned(experiment, code, source, options)
     logger = MetricsLogger(run)
-    refuses = options.resume is not None and options.must_be_exact
-    exact = _Process(run, hparams.seed, position, loaders, stop, refuses_changes=refuses)
+    continues = _is_own(source, options.resume)
+    refuses = continues and options.must_be_exact
+    exact = _Process(
+        *(run, hparams.seed, position, loaders, stop),
+        continues=continues,
+        refuses_changes=refuses,
+    )
     callbacks = _train_callbacks(hparams, run, components, logger, exact, options)
     # The baseline validation does what Lightning's sanity check is for.
     defaults = {"logger": logger} | ({"num_sanity_val_steps": 0} if options.validate else {})
@@ -308,7 +314,7 @@ def _start(
     was = resumed.state if resumed else ""
     if source is None:
         return Start(was=was)
-    is_own = resumed and source.run and source.run.record.id == resumed.record.id
+    is_own = _is_own(source, resumed)
     if hparams.checkpoint.weights_only and not is_own:
         load_source(module, source, hparams.checkpoint)
         return Start(was=was)
@@ -325,8 +331,20 @@ def _start(
             "undo the change, or give --not-exact to go on all the same",
         )
     metrics = _numbers(state["logged"]["callback"])
+    if not state:
+        raise CheckpointError(
+            f"{source} was not written at a point that a run can be resumed from",
+            "let a new run go on from it: checkpoint.checkpoint_task_id in the hparams",
+        )
     step = int(found["global_step"])
     return Start(step, source, state["marks"], metrics, was, changes)
+
+
+def _is_own(source: Source | None, resumed: Run | None) -> bool:
+    """Return whether a run goes on from a checkpoint of its own."""
+    if source is None or source.run is None or resumed is None:
+        return False
+    return source.run.record.id == resumed.record.id
 
 
 def _with_loaders(

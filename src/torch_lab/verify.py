@@ -629,6 +629,8 @@ class Verification:
             code = training.go("--resume", training.run.name)
         resumed = training.run.record.resumed if training.was_killed else []
         step = resumed[-1]["from_step"] if resumed else None
+        if not training.was_killed and not code:
+            return Trial(kill, step, failure="it ended before it could be killed")
         if code:
             return Trial(kill, step, failure=f"the run failed: {training.last_words()}")
         return Trial(kill, step, training.outcome)
