@@ -343,3 +343,16 @@ def test_what_lightning_refuses_is_a_mistake_of_the_user(lab: Lab) -> None:
     assert "val_check_interval" in result.err
     assert "Traceback" not in result.err
     assert not lab.runs
+
+
+NO_SOURCE = "checkpoint.weights_only is True, but there is no checkpoint.checkpoint_task_id"
+
+
+@pytest.mark.parametrize("command", ["train", "infer"])
+@pytest.mark.parametrize("source", [{}, {"checkpoint_task_id": None}, {"checkpoint_task_id": ""}])
+def test_weights_of_no_checkpoint_are_refused(
+    lab: Lab, command: str, source: dict[str, object]
+) -> None:
+    """It would train, or predict, with weights of chance, in silence."""
+    lab.hparams("hparams", {**BASE, "checkpoint": {"weights_only": True, **source}})
+    refused(lab, getattr(lab, command)(lab.path), "hparams.py: ", NO_SOURCE, "a run's name")

@@ -137,6 +137,20 @@ def test_linking_again_leaves_nothing_behind(run: Run) -> None:
     assert len(list(run.checkpoints_folder.iterdir())) == 4
 
 
+def test_what_a_kill_left_of_another_name_is_settled(run: Run) -> None:
+    """A sidecar that was not moved any more comes to its checkpoint, whichever is written next."""
+    written(run, 1)
+    AtomicCheckpointIO().link(run.checkpoint("last"), run.checkpoint("best"))
+    sidecar = run.checkpoint("best").with_suffix(".json")
+    sidecar.rename(sidecar.with_name(".best.json.new.tmp"))
+    written(run, 2)
+    assert sidecar.is_file() and step_of(found(run, "best")) == 1
+    sidecar.rename(sidecar.with_name(".best.json.new.tmp"))
+    AtomicCheckpointIO().remove_checkpoint(run.checkpoint("best"))
+    assert not list(run.checkpoints_folder.glob("*best*"))
+    assert not list(run.checkpoints_folder.glob(".best*"))
+
+
 def test_disks_without_hard_links_hold_copies(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no second name can be made, `previous` and `best` are copies."""
 
@@ -150,13 +164,20 @@ def test_disks_without_hard_links_hold_copies(run: Run, monkeypatch: pytest.Monk
     assert not run.checkpoint("best").samefile(run.checkpoint("last"))
 
 
+def other_size(path: Path) -> str:
+    size = json.loads(path.with_suffix(".json").read_text())["size"]
+    actual = path.stat().st_size if path.exists() else 0
+    return f"its size is {actual:,} bytes, not the {size:,} in its sidecar"
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_last_falls_back(run: Run, how: str, caplog: pytest.LogCaptureFixture) -> None:
     """The one before is taken, and one warning names both and the reason."""
     written(run, 39, 40, 41)
     damage(run.checkpoint("last"), how)
     reasons = {"missing": "is missing", "empty": "is damaged (it is empty)"}
-    reason = reasons.get(how, "is damaged (its sha256 is not that in its sidecar)")
+    reasons |= dict.fromkeys(("flipped",), "is damaged (its sha256 is not that in its sidecar)")
+    reason = reasons.get(how, f"is damaged ({other_size(run.checkpoint('last'))})")
     expected = f"last of run {run.name} {reason}: previous is taken instead, step 40"
     for look_up in (found, resumable):
         assert step_of(look_up(run)) == 40

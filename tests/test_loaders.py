@@ -415,3 +415,22 @@ def test_what_may_not_be_exact_is_named() -> None:
         "train_dataloaders[1]",
         "train_dataloaders[3]",
     ]
+
+
+class Kept(Stream):
+    """An iterable dataset that can say where it stands."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize(("mode", "reasons"), [("max_size_cycle", 1), ("min_size", 0)])
+def test_an_iterable_beside_others_may_not_be_exact(mode: Any, reasons: int) -> None:
+    """Where it is gone through again and again, which time it was is lost."""
+    loaders = Loaders(Position(1))
+    given = CombinedLoader([DataLoader(Kept()), DataLoader(range(4))], mode)
+    loaders.prepare(given, "train")
+    assert len(loaders.reasons) == reasons
+    assert all("which pass over it" in reason for reason in loaders.reasons)

@@ -244,6 +244,55 @@ def test_without_a_whole_checkpoint_nothing_is_trained(struck: Lab) -> None:
     assert struck.run().state == "stopped"
 
 
+def test_layers_that_are_made_late_can_go_on(struck: Lab) -> None:
+    """They are not there yet when the checkpoint is looked at."""
+    late = """
+class Late(TrainLabModule):
+    def setup(self, stage):
+        self.more = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.more(super().forward(x))
+
+
+def train_config"""
+    path = struck.folder / "__main__.py"
+    text = path.read_text().replace("\ndef train_config", late).replace("= TrainLab", "= Late")
+    path.write_text(
+        text.replace("(hparams):\n    module = LateModule", "(hparams):\n    module = Late")
+    )
+    assert strike(struck, signal.SIGTERM).code == 143
+    result = struck.train(struck.path, "--resume")
+    assert result.code == 0, result.err
+    same_as_unbroken(struck, struck.run())
+
+
+def test_a_best_one_that_is_damaged_is_not_tested(struck: Lab) -> None:
+    """The run says which file it is."""
+    path = struck.folder / "__main__.py"
+    spoil = """
+class Spoil(pl.Callback):
+    def on_fit_end(self, trainer, module):
+        for callback in trainer.checkpoint_callbacks:
+            callback.run.checkpoint("best").write_bytes(b"spoilt")
+"""
+    text = path.read_text().replace("[Strike()]", "[Strike(), Spoil()]")
+    path.write_text(text.replace('"val_dat', '"test_dataloaders": loader(16, 3), "val_dat') + spoil)
+    result = struck.train(struck.path)
+    assert result.code == ExitCode.CODE_FAILED
+    assert "best of run 00_toy-hparams-v1 is damaged (its size is 6 bytes" in result.err
+
+
+def test_an_exact_name_is_the_run_that_is_meant(struck: Lab) -> None:
+    """Also where it begins the names of others."""
+    strike(struck, signal.SIGTERM)
+    run = struck.run()
+    result = struck.train(struck.path, "--resume", run.name)
+    assert result.code == 0, result.err
+    assert struck.train(struck.path, "--resume", run.name).code == 0
+    assert [each.name for each in struck.runs] == [run.name]
+
+
 def test_a_signal_in_a_validation_ends_it_at_once(lab: Lab) -> None:
     """The state before it is written, and the validation is made anew when the run goes on."""
     lab.config(

@@ -212,6 +212,17 @@ def test_a_completed_run_does_not_go_on(tmp_path: Path) -> None:
         stale.reopen()
 
 
+def test_a_run_that_went_on_meanwhile_is_looked_at_again(tmp_path: Path) -> None:
+    """What was chosen to go on from is old by now."""
+    run, stale = (reserved(tmp_path, "00-h"), Run.read(tmp_path / "00-h-v1"))
+    run.close("stopped", {})
+    run.reopen()
+    run.close("stopped", {})
+    with pytest.raises(UserError, match=f"went on in process {os.getpid()} .* meanwhile"):
+        stale.reopen()
+    Run.read(run.folder).reopen()
+
+
 def test_a_copy_of_a_run_has_no_lock(tmp_path: Path) -> None:
     """A spawned process gets one; it can hold the run together with its parent."""
     run = reserved(tmp_path, "00-h")

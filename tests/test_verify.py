@@ -62,7 +62,12 @@ def verified(lab: Lab, *words: str) -> tuple[int, dict[str, Any], Path]:
 
 
 def test_an_exact_experiment_is_found_exact(lab: Lab) -> None:
-    """All is equal, and nothing is left: neither in the project nor among temporary files."""
+    """All is equal, and nothing is left: neither in the project nor among temporary files.
+
+    The checkpoint lies halfway to the kill, whatever the hparams say.
+    """
+    own = {"every_n_steps": 1}
+    lab.hparams("hparams", {"trainer": {"init": {"max_epochs": 2}}, "checkpoint": own})
     code, record, folder = verified(lab, "--kill-at", "7:optimizer")
     (trial,) = record["trials"]
     assert (code, record["exact"], record["whole"]) == (0, True, True)
@@ -150,6 +155,13 @@ def test_a_place_that_is_none_is_refused(lab: Lab, words: list[str], message: st
     result = lab._main(cli.verify_resume, lab.path, *words)
     assert result.code == 2
     assert message in result.err
+
+
+def test_the_help_names_every_place(lab: Lab) -> None:
+    """Also that at the end of the batch, which a step alone means; and the own checkpoints."""
+    text = "".join(lab._main(cli.verify_resume, "--help").out.split())  # Lines break at hyphens.
+    assert [hook for hook in Hook if f"7:{hook}" not in text] == []
+    assert "whateverevery_minutesandevery_n_stepssay" in text
 
 
 # What is compared.

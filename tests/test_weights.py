@@ -125,9 +125,23 @@ def test_a_pattern_that_matches_nothing_is_refused(ones: Source) -> None:
     """It is a typo, or a part that was meant as a whole."""
     for pattern, mend in (("encodr.*", "encoder.*"), ("head", "head.*")):
         with pytest.raises(CheckpointError) as caught:
-            load_source(network(), ones, CheckpointSection(include=(pattern,)))
-        assert f"the pattern {pattern!r} matches no weight" in caught.value.message
+            load_source(network(), ones, CheckpointSection(include=("*", pattern)))
+        assert caught.value.message.startswith(
+            f"include[1]: the pattern {pattern!r} matches no weight"
+        )
         assert caught.value.message.endswith(f"did you mean {mend}?")
+
+
+def test_what_hparams_ask_for_is_named_with_file_and_key(ones: Source) -> None:
+    """A pattern by its key, weights that do not fit by the section."""
+    script = Path("toys/hparams.py")
+    wrong = CheckpointSection(exclude=("head.*", "haed.*"))
+    with pytest.raises(
+        CheckpointError, match=r"^toys/hparams\.py: checkpoint\.exclude\[1\]: the p"
+    ):
+        load_source(network(), ones, wrong, script=script)
+    with pytest.raises(CheckpointError, match=r"^toys/hparams\.py: checkpoint: .* the shape"):
+        load_source(network(classes=5), ones, CheckpointSection(), script=script)
 
 
 PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]

@@ -87,7 +87,7 @@ def failure(end: str, **options: Any) -> tuple[LoaderError, int]:
     with pytest.raises(RuntimeError) as caught:
         for _ in iterator:
             arrived += 1
-    error = explained(caught.value, loaders)
+    error = explained(caught.value, loaders.watches)
     for worker in iterator._workers:
         if worker.is_alive():
             worker.terminate()
@@ -137,10 +137,10 @@ def test_a_time_limit_of_the_users_own_is_kept() -> None:
 def test_other_errors_are_not_explained() -> None:
     """Neither those of the user's code, nor those of processes that are nobody's worker."""
     loaders = Loaders(Position(1))
-    assert explained(RuntimeError("timed out"), loaders) is None
-    assert explained(ValueError("DataLoader timed out after 5 seconds"), loaders) is None
+    assert explained(RuntimeError("timed out"), loaders.watches) is None
+    assert explained(ValueError("DataLoader timed out after 5 seconds"), loaders.watches) is None
     stranger = RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. Details are")
-    error = explained(stranger, loaders)
+    error = explained(stranger, loaders.watches)
     assert error is not None
     assert error.message == "a worker of a DataLoader (pid 1) was killed (Killed)"
 
@@ -154,7 +154,7 @@ def test_an_error_in_the_chain_is_explained() -> None:
         except RuntimeError as error:
             raise ValueError("no batch") from error
     except ValueError as error:
-        found = explained(error, loaders)
+        found = explained(error, loaders.watches)
     assert found is not None
     assert found.message == "a worker of a DataLoader (pid 1, 2) ended unexpectedly"
 

@@ -42,6 +42,7 @@ __all__ = [
     "find_source",
     "resumable",
     "source_of",
+    "whole_checkpoint",
 ]
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the checkpoint at `path` and its sidecar."""
         super().remove_checkpoint(path)
-        _sidecar(Path(path)).unlink(missing_ok=True)
+        sidecar = _sidecar(Path(path))
+        sidecar.unlink(missing_ok=True)
+        _temporary(sidecar).unlink(missing_ok=True)
 
     def _tell(self, lost: Mapping[str, str]) -> None:
         new = [f"{place} is {what}" for place, what in lost.items() if place not in self._told]
@@ -130,6 +133,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         elif folder not in self._swept and _is_of_run(target):
             for leftover in folder.glob(_ANY_TEMPORARY):
                 leftover.unlink()
+            for known in folder.glob("[!.]*.ckpt"):
+                _settle(known)
         self._swept.add(folder)
         # It may be a link to a checkpoint that stands: never write into it.
         temporary.unlink(missing_ok=True)
@@ -433,6 +438,15 @@ def find_source(wanted: str, name: str, root: Path, *, trust: bool = False) -> S
     return _first_whole(run, candidates, trust)
 
 
+def whole_checkpoint(run: Run, name: str) -> Source:
+    """Return the checkpoint `name` of `run`, verified.
+
+    Raises:
+        DamagedError: It is damaged or missing.
+    """
+    return _first_whole(run, [name], trust=False)
+
+
 def resumable(run: Run, *, trust: bool = False) -> Source | None:
     """Return the checkpoint that `run` itself goes on from; None if it never wrote one.
 
@@ -505,8 +519,14 @@ def _fault(path: Path, digest: str) -> str | None:
     if path.stat().st_size == 0:
         return "it is empty"
     if recorded and all(recorded):
-        return "its sha256 is not that in its sidecar"
-    log.debug("no sidecar tells the sha256 of %s: its own checksums are looked at", shown(path))
+        size, planned = path.stat().st_size, _recorded(_sidecar(path)).get("size")
+        is_of_size = size == planned or not isinstance(planned, int)
+        of = "sha256 is not that" if is_of_size else f"size is {size:,} bytes, not the {planned:,}"
+        return f"its {of} in its sidecar"
+    if _is_of_run(path):
+        log.warning(
+            "no sidecar tells the sha256 of %s: its own checksums are looked at", shown(path)
+        )
     return _archive_fault(path) if is_zipfile(path) else None
 
 

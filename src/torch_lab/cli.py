@@ -76,7 +76,8 @@ _json = click.option(
 _trust = click.option(
     "--trust-checkpoint",
     is_flag=True,
-    help="Read a checkpoint that may hold code; it can do anything that you can.",
+    help="Read a checkpoint that holds more than tensors and plain values: loading it runs the "
+    "code in it, which can do anything that you can. A damaged one is refused all the same.",
 )
 _offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
 
@@ -99,7 +100,10 @@ _offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
     help="Go on with an interrupted run: with RUN, or the newest one of this script.",
 )
 @click.option(
-    "--not-exact", is_flag=True, help="Go on even where the end will not be the same to the bit."
+    "--not-exact",
+    is_flag=True,
+    help="With --resume: go on although the seed, the number of processes or of samples, the batch "
+    "size or the loaders are not what they were. The end will be another one.",
 )
 @_trust
 @click.option(
@@ -243,8 +247,9 @@ def runs(name: str, as_json: bool) -> None:
     "kills",
     metavar="STEP[:PLACE]",
     multiple=True,
-    help="Kill the run at the end of this step; in another place with 7:batch-start, 7:optimizer, "
-    "7:validation or 7:epoch-end. May be given several times.",
+    help="Kill the run in this step: at its end (7, or 7:batch-end), or at another place with "
+    "7:batch-start, 7:optimizer, 7:validation or 7:epoch-end. If the step has no such place, the "
+    "next that has. May be given several times.",
 )
 @click.option(
     "--random",
@@ -277,6 +282,9 @@ def verify_resume(
 
     It is trained once through, then again, killed and resumed, each time in a temporary folder; and
     all that came out is compared, to the bit. Ends with 1 if anything differs.
+
+    Checkpoints are written at the end of each epoch, and once halfway between the start of an epoch
+    and the kill in it, whatever every_minutes and every_n_steps say.
     """
     with _failures(debug):
         from torch_lab import verify
@@ -323,12 +331,15 @@ def trace(
 
 @contextlib.contextmanager
 def _failures(debug: bool) -> Iterator[None]:
-    """Show an error as its reader needs it, and leave with its exit code."""
+    """Answer signals; show an error as its reader needs it, and leave with its exit code."""
+    from torch_lab.signals import stopping_on_signals
+    from torch_lab.utils import process_rank
+
     try:
-        yield
+        with stopping_on_signals(quiet=process_rank() > 0):
+            yield
     except (Exception, Interrupted) as error:
         from torch_lab.console import rendered
-        from torch_lab.utils import process_rank
 
         if isinstance(error, Interrupted) and process_rank() > 0:
             # The process that launched this one would take another code for a failure.

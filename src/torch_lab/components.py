@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch_lab.errors import ComponentsError, did_you_mean
+from torch_lab.utils import length_of
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -182,21 +183,13 @@ class _Returned:
 
     def _check_not_empty(self, name: str, loader: object) -> None:
         dataset = getattr(loader, "dataset", None)
-        if _length(dataset) == 0:
+        if length_of(dataset) == 0:
             raise self.error(f"returned {name} over an empty dataset ({type(dataset).__name__})")
-        if _length(loader) == 0:
+        if length_of(loader) == 0:
             raise self.error(
                 f"returned {name} without a single batch",
                 "is drop_last set, with fewer samples than a batch?",
             )
-
-
-def _length(value: object) -> int | None:
-    """Return how much is in `value`, or None where that is not known, as for iterable data."""
-    try:
-        return len(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 def each_loader(name: str, given: object) -> Iterator[tuple[str, object]]:

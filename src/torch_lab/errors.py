@@ -13,7 +13,8 @@ Exception
     ├── LoaderError             1   a worker process of a DataLoader died or hangs
     ├── DeviceMemoryError       1   a device has too little memory
     ├── SomeRunsFailedError     3   several runs were asked for, and some failed
-    └── NonFiniteError          4   a loss became NaN or infinite
+    ├── NonFiniteError          4   a loss became NaN or infinite
+    └── UnbrokenRunError            verify-resume: the run fails unkilled; with its own exit code
 BaseException
 └── Interrupted     128 + signal    a signal asked the run to end
 ```
@@ -40,8 +41,10 @@ __all__ = [
     "ScriptError",
     "SomeRunsFailedError",
     "TorchLabError",
+    "UnbrokenRunError",
     "UserError",
     "did_you_mean",
+    "listed",
 ]
 
 
@@ -141,6 +144,19 @@ class NonFiniteError(TorchLabError):
     exit_code = ExitCode.NON_FINITE
 
 
+class UnbrokenRunError(TorchLabError):
+    """The training of a verification fails without any interruption.
+
+    Args:
+        message: What is wrong.
+        exit_code: How its process ended.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code if exit_code > 0 else 128 - exit_code  # type: ignore[assignment]
+
+
 class Interrupted(BaseException):
     """A signal asked the run to end.
 
@@ -164,3 +180,16 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `"; did you mean X?"` for the choice nearest to `name`, or `""` when none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def listed(things: Iterable[object], most: int = 3, separator: str = ", ") -> str:
+    """Return the first of `things` in words, and how many more there are: `"a, b, c and 2 more"`.
+
+    Args:
+        things: What to name.
+        most: How many of them at most.
+        separator: What stands between them.
+    """
+    words = [str(thing) for thing in things]
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return separator.join(words[:most]) + more

@@ -88,6 +88,7 @@ class ExactResume(pl.Callback):
         self._bits_of_epoch = 0
         self._processes = 1
         self._is_new = False
+        self._is_owed = False
 
     # Where training stands.
 
@@ -222,7 +223,7 @@ class ExactResume(pl.Callback):
         signum = self.stop.signum
         if self._processes > 1:
             signum, due = self._agreement.of(trainer, signum, due, at_once=everywhere)
-        if not (signum or due):
+        if not (signum or due or self._is_owed):
             return
         if writer is not None and self._is_new:
             # At the end of an accumulation there are no gradients to be written; but the best
@@ -231,6 +232,8 @@ class ExactResume(pl.Callback):
             if signum or writer.has_found_the_best or not can_wait:
                 writer.write(trainer, point)
                 self._is_new = False
+            # The others would not hear of it again before they are asked for the next time.
+            self._is_owed = self._is_new
         if signum:
             raise Interrupted(signum)
 

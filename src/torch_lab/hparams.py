@@ -284,6 +284,18 @@ class _Check:
             keep=self.at_least_one(given["keep"], "checkpoint.keep"),
             give_up_after=self.at_least_one(given["give_up_after"], "checkpoint.give_up_after"),
         )
+        self.weights_are_meant(section)
+        return section
+
+    def weights_are_meant(self, section: CheckpointSection) -> None:
+        """Refuse keys about weights where none are to be taken alone: they would do nothing."""
+        if section.weights_only and section.checkpoint_task_id is None:
+            raise self.error(
+                "checkpoint.weights_only is True, but there is no checkpoint.checkpoint_task_id to "
+                "take weights from",
+                "set checkpoint_task_id to a run's name or to the path of a file, or leave out "
+                "weights_only",
+            )
         partial = not section.strict or section.include or section.exclude
         if partial and not section.weights_only:
             raise self.error(
@@ -291,7 +303,6 @@ class _Check:
                 "from a whole checkpoint",
                 "set checkpoint.weights_only to True to start from some of its weights",
             )
-        return section
 
     def patterns(self, given: object, name: str) -> tuple[str, ...]:
         listed = [given] if isinstance(given, str) else given

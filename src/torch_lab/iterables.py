@@ -18,7 +18,7 @@ from torch_lab.errors import CheckpointError
 from torch_lab.samplers import Order, Pass, Position
 from torch_lab.seeds import derived, seed_cpu_generators
 
-__all__ = ["Envelope", "Enveloping", "Feed", "Report", "Source", "SourceOrder", "has_state"]
+__all__ = ["Envelope", "Enveloping", "Feed", "Report", "SeededIterable", "SourceOrder", "has_state"]
 
 _KEPT_BATCHES: Final = 8
 """Lightning fetches one batch more than it has trained, where a loader has no length."""
@@ -58,7 +58,7 @@ class Feed(NamedTuple):
     """How many workers have had their turn in the round that was interrupted."""
 
 
-class Source(IterableDataset[Any]):
+class SeededIterable(IterableDataset[Any]):
     """An iterable dataset whose draws are seeded, sample by sample; else it is `dataset`.
 
     Args:
@@ -128,7 +128,7 @@ class Source(IterableDataset[Any]):
         return type(self.dataset)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (vars(self),)
+        return _unpickled, (vars(self),)
 
 
 def _seeded(iterator: Iterator[Any], bits: int, number: int) -> Iterator[Any]:
@@ -147,8 +147,8 @@ def _worker() -> int:
     return info.id if (info := get_worker_info()) else 0
 
 
-def _restored(state: dict[str, Any]) -> Source:
-    source = object.__new__(Source)
+def _unpickled(state: dict[str, Any]) -> SeededIterable:
+    source = object.__new__(SeededIterable)
     source.__dict__.update(state)
     return source
 
@@ -156,7 +156,7 @@ def _restored(state: dict[str, Any]) -> Source:
 class Enveloping:
     """A collate function that adds to each batch where the dataset stands after it."""
 
-    def __init__(self, collate: Callable[[Any], Any], source: Source) -> None:
+    def __init__(self, collate: Callable[[Any], Any], source: SeededIterable) -> None:
         self.collate = collate
         self.source = source
 
@@ -168,10 +168,10 @@ class Enveloping:
 
 
 class SourceOrder(Order):
-    """The order of a loader with a `Source`: tells it which pass begins, and from where.
+    """The order of a loader with a `SeededIterable`: tells it which pass begins, and from where.
 
     Args:
-        feeds: The `Source`, the dataset of the loader.
+        feeds: The `SeededIterable`, the dataset of the loader.
         name: Of the loader.
         workers: How many processes make batches; 1 if it is this one.
         restored: The states of all loaders from a checkpoint, by name; may be filled later.
@@ -183,7 +183,7 @@ class SourceOrder(Order):
         position: Position | None,
         bits: int,
         *,
-        feeds: Source,
+        feeds: SeededIterable,
         name: str,
         workers: int,
         restored: Mapping[str, Any],

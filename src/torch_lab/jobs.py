@@ -185,7 +185,7 @@ class _Children:
             self.stopping = True
             children = list(self.running)
         try:
-            with stopping_on_signals():
+            with stopping_on_signals(quiet=True):
                 for child in children:
                     child.send_signal(signum)
                 for child in children:

@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from torch_lab.errors import CheckpointError, UserError, did_you_mean
+from torch_lab.errors import CheckpointError, UserError, did_you_mean, listed
 from torch_lab.runs import Run, unversioned
 from torch_lab.utils import shown
 
-__all__ = ["TITLES", "listed_runs", "listed_words"]
+__all__ = ["TITLES", "listed_runs", "listed_words", "seconds_trained"]
 
 TITLES = ("run", "state", "started", "duration", "epoch", "step", "best")
 
@@ -39,7 +39,7 @@ def listed_runs(artifacts: Path, start: str = "") -> list[dict[str, Any]]:
         near = did_you_mean(start, names)
         raise UserError(
             f"there is no run {start!r} in {shown(artifacts)}{near}",
-            f"runs there: {', '.join(sorted(names))}",
+            f"runs there: {listed(sorted(names), 8)}",
         )
     return [_described(run) for run in wanted]
 
@@ -51,12 +51,12 @@ def _readable(artifacts: Path) -> Iterator[Run]:
 
 
 def _described(run: Run) -> dict[str, Any]:
-    last, best, state = run.sidecar("last") or {}, run.best or {}, run.state
+    last, best = run.sidecar("last") or {}, run.best or {}
     return {
         "run": run.name,
-        "state": state,
+        "state": run.state,
         "started": run.record.started,
-        "duration_s": _duration(run, state),
+        "duration_s": seconds_trained(run),
         "epoch": last.get("epoch"),
         "step": last.get("step"),
         "best": best.get("score"),
@@ -64,14 +64,22 @@ def _described(run: Run) -> dict[str, Any]:
     }
 
 
-def _duration(run: Run, state: str) -> float | None:
-    """Return for how long it ran, or runs, in seconds; of a lost run nobody knows."""
-    now = datetime.now(UTC).isoformat() if state == "running" else None
-    end = run.record.ended or now
+def seconds_trained(run: Run) -> float | None:
+    """Return for how long processes have trained `run`, without the pauses between them.
+
+    None for a run that is lost: nobody knows when it ended.
+    """
+    record = run.record
+    now = datetime.now(UTC).isoformat() if run.state == "running" else None
+    end = record.ended or now
     if end is None:
         return None
-    took = datetime.fromisoformat(end) - datetime.fromisoformat(run.record.started)
-    return took.total_seconds()
+    starts = [record.started, *(each["when"] for each in record.resumed)]
+    # Without a word about the end before it, a pause cannot be told from training.
+    ends = [*(each.get("ended_before") or each["when"] for each in record.resumed), end]
+    pairs = zip(starts, ends, strict=True)
+    took = [datetime.fromisoformat(end) - datetime.fromisoformat(start) for start, end in pairs]
+    return sum(took, timedelta()).total_seconds()
 
 
 def listed_words(row: Mapping[str, Any]) -> Sequence[str]:

@@ -36,7 +36,7 @@ from torch.utils.data import (
 
 from torch_lab.components import each_loader
 from torch_lab.datasets import ArrayDataset
-from torch_lab.iterables import Enveloping, Source, SourceOrder, has_state
+from torch_lab.iterables import Enveloping, SeededIterable, SourceOrder, has_state
 from torch_lab.samplers import Order, Position, StampedBatch, StampedIndex, why_not_exact
 from torch_lab.seeds import (
     SeededGenerator,
@@ -45,6 +45,7 @@ from torch_lab.seeds import (
     seed_cpu_generators,
     seed_generators,
 )
+from torch_lab.utils import length_of
 from torch_lab.workers import Desk, IteratorMaker, Watch, WorkerStart
 
 __all__ = ["Loaders"]
@@ -113,7 +114,7 @@ class Loaders:
         self.shard = shard
         self.overfit = overfit
         # Stands for this object in the loaders, without a cycle that would keep workers alive.
-        self._token = _Token()
+        self._token = object()
         self._watches: dict[str, Watch] = {}
         self._reasons: dict[str, list[str]] = {}
         self._trained: dict[str, Any] = {}
@@ -141,7 +142,7 @@ class Loaders:
         """Return how much data there is to train with, by loader; None where that is not known."""
         return {
             name: {
-                "samples": _length(getattr(loader, "dataset", None)),
+                "samples": length_of(getattr(loader, "dataset", None)),
                 "batch_size": getattr(loader, "batch_size", None),
             }
             for name, loader in self._trained.items()
@@ -237,7 +238,7 @@ class Loaders:
             vars(loader).update(worker_init_fn=start, timeout=loader.timeout or self.timeout or 0)
 
     def _fit_data(self, loader: DataLoader[Any], role: _Role) -> None:
-        reasons = _reasons(loader)
+        reasons = _reasons(loader, role)
         if role.trains:
             self._reasons[role.name] = reasons
         if isinstance(loader.dataset, (IterDataPipe, MapDataPipe)):
@@ -246,7 +247,10 @@ class Loaders:
         vars(loader).update(generator=generator)
         desk = Desk(loader.num_workers)
         is_iterable = isinstance(loader.dataset, IterableDataset)
-        order = (self._fit_source if is_iterable else self._fit_samples)(loader, role, desk)
+        if is_iterable:
+            order = self._fit_iterable(loader, role)
+        else:
+            order = self._fit_samples(loader, role, desk)
         if role.stage == "predict" or _iterates_itself(loader):
             # Lightning makes a new loader for predictions, to get hold of its indices.
             return
@@ -276,11 +280,11 @@ class Loaders:
             **_options(loader),
         )
 
-    def _fit_source(self, loader: DataLoader[Any], role: _Role, _desk: Desk) -> Order:
+    def _fit_iterable(self, loader: DataLoader[Any], role: _Role) -> Order:
         bits = role.bits(self.position.seed)
         keeps_state = role.trains and has_state(loader.dataset)
         dataset: Any = loader.dataset
-        source = Source(dataset, bits, loader.batch_size or 1, loader.persistent_workers)
+        source = SeededIterable(dataset, bits, loader.batch_size or 1, loader.persistent_workers)
         vars(loader).update(dataset=source)
         if keeps_state:
             vars(loader).update(collate_fn=Enveloping(loader.collate_fn, source))
@@ -294,10 +298,6 @@ class Loaders:
             restored=self._restored,
             **_options(loader),
         )
-
-
-class _Token:
-    """Equal only to itself, also when it is pickled along."""
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def _iterates_itself(loader: DataLoader[Any]) -> bool:
     return type(loader)._get_iterator is not DataLoader._get_iterator or has_state(loader)
 
 
-def _reasons(loader: DataLoader[Any]) -> list[str]:
+def _reasons(loader: DataLoader[Any], role: _Role) -> list[str]:
     """Return why a resume may not be exact."""
     kind, data = type(loader).__name__, type(loader.dataset).__name__
     if _iterates_itself(loader):
@@ -357,6 +357,11 @@ def _reasons(loader: DataLoader[Any]) -> list[str]:
             reasons.append(
                 f"{data} is an IterableDataset without state_dict: where it was is lost, and it"
                 " begins anew"
+            )
+        elif role.cycles:
+            reasons.append(
+                f"{data} is an IterableDataset beside other loaders: which pass over it was under"
+                ' way is lost; CombinedLoader(..., "min_size") makes one pass of each'
             )
     elif why := why_not_exact(_index_sampler(loader)):
         reasons.append(why)
@@ -377,13 +382,6 @@ def _is_plain(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(map(_is_plain, dataset.datasets))
     return type(dataset) in _PLAIN_DATA
-
-
-def _length(value: Any) -> int | None:
-    try:
-        return len(value)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _with_leaves(given: Any, name: str, leaves: Mapping[str, Any]) -> Any:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from torch_lab.listing import seconds_trained
 from torch_lab.runs import Run
 from torch_lab.training import Training, changed_hparams
 from torch_lab.utils import shown
 
-__all__ = ["closing_record", "closing_rows", "duration", "header_rows"]
+__all__ = ["closing_record", "closing_rows", "duration", "header_rows", "last_words"]
 
 
 def header_rows(training: Training) -> Iterator[tuple[str, str]]:
@@ -38,15 +39,24 @@ def _start_rows(training: Training) -> Iterator[tuple[str, str]]:
     """Yield what the run starts from, unless it starts from nothing."""
     start, resume = training.start, training.options.resume
     if resume is not None:
-        at = f"goes on at step {start.step}" if training.goes_on else "begins again"
-        yield "resumes", f"{at}, after it was {start.was}"
+        yield "resumes", f"{_beginning(training)}, after it was {start.was}"
         if changed := changed_hparams(resume, training.hparams):
             yield "changed", "\n".join(changed)
-    elif training.source is not None:
+    if training.source is not None and not training.goes_on:
         how = "goes on from" if start.source else "starts from the weights in"
         yield "from", f"{how} {training.source}"
     if start.changes:
         yield "not exact", "\n".join(start.changes)
+
+
+def _beginning(training: Training) -> str:
+    """Say which checkpoint of its own a run goes on from, and where that is."""
+    source = training.source
+    if source is None or source.run is None or not training.goes_on:
+        return "begins again"
+    epoch = (source.run.sidecar(source.path.stem) or {}).get("epoch")
+    at = "" if epoch is None else f", epoch {epoch + 1}"
+    return f"{source.path.name}{at}: goes on at step {training.start.step}"
 
 
 def _device(training: Training) -> str:
@@ -89,17 +99,35 @@ def closing_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "plots", shown(run.plots_folder)
     yield "folder", shown(run.folder)
     yield "look", f"tensorboard --logdir {_quoted(run.metrics_folder)}"
-    if run.state in ("failed", "stopped"):
-        yield "go on", f"train {_quoted(Path(run.record.script))} --resume {run.name}"
+    if run.state in ("failed", "stopped") and (command := _going_on(run)):
+        yield "go on", command
     if run.best is not None:
         yield "use", f'torch_lab.load_weights(model, "{run.name}", name="best")'
+
+
+def last_words(run: Run) -> str:
+    """Return what a process leaves that ends at once: the checkpoint, and the command to go on."""
+    sidecar = run.sidecar("last")
+    stands = "no checkpoint was written" if sidecar is None else f"last.ckpt stands: {_at(sidecar)}"
+    command = _going_on(run)
+    return "; ".join(["ended at once", stands, *([f"go on: {command}"] if command else [])])
+
+
+def _going_on(run: Run) -> str | None:
+    """Return the command that goes on with a run; for a dev run there is none."""
+    is_dev_run = not run.name.startswith(run.record.experiment)
+    return None if is_dev_run else f"train {_quoted(Path(run.record.script))} --resume {run.name}"
 
 
 def _described(sidecar: Mapping[str, Any]) -> str:
     score = (
         f"{sidecar['monitor']} {sidecar['score']:.4g}, " if sidecar.get("score") is not None else ""
     )
-    return f"{score}epoch {sidecar['epoch'] + 1}, step {sidecar['step']}"
+    return score + _at(sidecar)
+
+
+def _at(sidecar: Mapping[str, Any]) -> str:
+    return f"epoch {sidecar['epoch'] + 1}, step {sidecar['step']}"
 
 
 def _listed(metrics: Mapping[str, float]) -> str:
@@ -111,19 +139,11 @@ def _quoted(path: Path) -> str:
 
 
 def duration(run: Run) -> str:
-    """Return how long a closed run took, in words."""
-    record = run.record
-    if record.ended is None:
+    """Return how long a closed run was trained, in words."""
+    seconds = seconds_trained(run)
+    if seconds is None:
         return "an unknown time"
-    seconds = _seconds(run)
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
-
-
-def _seconds(run: Run) -> float:
-    started, ended = run.record.started, run.record.ended
-    if ended is None:
-        return 0.0
-    return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
 
 
 def closing_record(run: Run) -> str:
@@ -132,7 +152,7 @@ def closing_record(run: Run) -> str:
         "run": run.name,
         "state": run.state,
         "folder": str(run.folder),
-        "duration_s": _seconds(run),
+        "duration_s": seconds_trained(run) or 0.0,
         "best": run.sidecar("best"),
         "last": run.sidecar("last"),
         "metrics": {

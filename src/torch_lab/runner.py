@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from torch_lab.errors import ComponentsError, DeviceMemoryError, Interrupted, Us
 from torch_lab.experiment import Experiment
 from torch_lab.hparams import DevRun, Hparams
 from torch_lab.loaders import Loaders
-from torch_lab.report import closing_record, closing_rows, header_rows
-from torch_lab.runs import Run, artifacts_folder, find_run, latest_unfinished, runs_of
+from torch_lab.report import closing_record, closing_rows, header_rows, last_words
+from torch_lab.runs import Run, artifacts_folder, find_run, latest_unfinished, plain_name, runs_of
 from torch_lab.samplers import Position
 from torch_lab.signals import stopping_on_signals
 from torch_lab.training import (
@@ -101,7 +102,7 @@ def train_with(experiment: Experiment, options: Options, *, as_json: bool = Fals
     follows = process_rank() > 0
     with (
         Console(quiet=follows, debug=options.debug, as_json=as_json) as console,
-        stopping_on_signals() as stop,
+        stopping_on_signals(quiet=follows) as stop,
         _told_to_followers(options.resume),
     ):
         if options.resume is not None and options.resume.state == "completed":
@@ -110,6 +111,7 @@ def train_with(experiment: Experiment, options: Options, *, as_json: bool = Fals
             return options.resume
         training = prepared(experiment, options, stop)
         with contextlib.nullcontext() if follows else _recorded(training, console):
+            stop.last_words = functools.partial(last_words, training.run)
             console.header(header_rows(training))
             training.validate_before()
             training.fit()
@@ -167,6 +169,8 @@ def _to_resume(experiment: Experiment, wanted: str | bool) -> Run | None:
 
 
 def _named(artifacts: Path, wanted: str) -> Run:
+    if (artifacts / plain_name(wanted, "a run's name") / "run.json").is_file():
+        return find_run(artifacts, wanted, having="last")
     return latest_unfinished(artifacts, wanted) or find_run(artifacts, wanted, having="last")
 
 
@@ -223,7 +227,10 @@ def infer(
         Interrupted: A signal asked it to end.
     """
     follows = process_rank() > 0
-    with Console(quiet=follows, debug=debug, as_json=as_json) as console, stopping_on_signals():
+    with (
+        Console(quiet=follows, debug=debug, as_json=as_json) as console,
+        stopping_on_signals(quiet=follows),
+    ):
         experiment = _loaded(path)
         words = [str(word) for word in arguments]
         hparams = experiment.hparams.for_debug() if debug else experiment.hparams
@@ -243,18 +250,22 @@ def infer(
             predictions = trainer.predict(components.module, predicted, **how)
             leave_process_group()
         files = tuple(each.path for each in writers if isinstance(each, PredictionWriter))
-        if as_json:
-            console.result(json.dumps({"files": [str(file) for file in files]}))
-        else:
-            console.closing([("wrote", shown(file)) for file in files])
+        _show_files(console, files, as_json=as_json)
     return Inference(files, predictions if how["return_predictions"] else None)
+
+
+def _show_files(console: Console, files: Sequence[Path], *, as_json: bool) -> None:
+    if as_json:
+        console.result(json.dumps({"files": [str(file) for file in files]}))
+    else:
+        console.closing([("wrote", shown(file)) for file in files])
 
 
 def _weights_for(module: pl.LightningModule, hparams: Hparams, *, trust: bool) -> str:
     """Load the weights that the hparams ask for, and say where they are from."""
     source = source_of(hparams, trust=trust)
     if source is not None:
-        load_source(module, source, hparams.checkpoint)
+        load_source(module, source, hparams.checkpoint, script=hparams.path)
         return str(source)
     if loaded := loaded_from(module):
         return loaded
@@ -335,7 +346,7 @@ def _known_failures_as_ours(experiment: Experiment, loaders: Loaders) -> Iterato
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(error, loaders) from error
     except RuntimeError as error:
-        explanation = explained(error, loaders)
+        explanation = explained(error, loaders.watches)
         if explanation is None:
             raise
         raise explanation from error

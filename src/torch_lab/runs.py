@@ -269,8 +269,7 @@ class Run:
             self._lock = None
 
     def _owner(self) -> str:
-        record = Run.read(self.folder).record
-        return f"process {record.pid} on host {record.host}"
+        return _process_of(Run.read(self.folder).record)
 
     def reopen(self, from_step: int | None = None, changed: Sequence[str] = ()) -> None:
         """Go on with a run that has ended: lock it, and record that this process trains it.
@@ -280,7 +279,7 @@ class Run:
             changed: What differs from the hparams that it began with.
 
         Raises:
-            UserError: Another process has it, or has completed it by now.
+            UserError: Another process has it, or had it since it was looked at.
         """
         try:
             self.lock()
@@ -294,9 +293,16 @@ class Run:
         if before.state == "completed":
             self._unlock()
             raise UserError(f"run {self.name} is completed")
+        if len(before.resumed) != len(self.record.resumed):
+            self._unlock()
+            raise UserError(
+                f"run {self.name} went on in {_process_of(before)} meanwhile",
+                "give the command again: it will start from the checkpoint of now",
+            )
         host, pid = socket.gethostname(), os.getpid()
         resumed = {
             "when": _now(),
+            "ended_before": before.ended or self._last_written(),
             "host": host,
             "pid": pid,
             "argv": masked_arguments(sys.argv),
@@ -314,6 +320,12 @@ class Run:
             resumed=[*before.resumed, resumed],
         )
         self.write()
+
+    def _last_written(self) -> str:
+        """Return when a file of the run was written last: of a lost run no other end is known."""
+        files = (path for path in self.folder.rglob("*") if path.is_file() and path.name != ".lock")
+        at = max(path.stat().st_mtime for path in files)
+        return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -446,6 +458,10 @@ class Run:
         assert self.record.version, "what was not reserved is not ours to remove"
         self._unlock()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _process_of(record: RunRecord) -> str:
+    return f"process {record.pid} on host {record.host}"
 
 
 def plain_name(name: str, kind: str) -> str:

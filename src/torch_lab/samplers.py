@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -30,6 +29,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from torch_lab.seeds import Stream, derived, generators_from
+from torch_lab.utils import length_of
 
 __all__ = ["Order", "Pass", "Position", "Stamp", "StampedBatch", "StampedIndex", "why_not_exact"]
 
@@ -151,7 +151,7 @@ class Order:
         """Whether the last batch is smaller than the others."""
         if self.batch_size is None or self.given.drop_last:
             return False
-        return bool((_length(self.source) or 0) % self.batch_size)
+        return bool((length_of(self.source) or 0) % self.batch_size)
 
     def next_pass(self) -> Pass:
         """Return the pass that begins now."""
@@ -160,7 +160,7 @@ class Order:
         epoch, batch = self.position.epoch, self.position.batch
         if self.latest is not None and self.latest.epoch == epoch:
             return Pass(epoch, self.latest.number + 1)
-        length = _length(self)
+        length = length_of(self)
         if self.cycles and length:
             return Pass(epoch, *divmod(batch, length))
         return Pass(epoch, 0, batch if length is None else min(batch, length))
@@ -199,7 +199,7 @@ class Order:
         if isinstance(source, range):
             return source
         self._tell_epoch(current.epoch)
-        length = _length(source)
+        length = length_of(source)
         if length is None:
             return source  # type: ignore[no-any-return]
         if source is not self.source:
@@ -249,7 +249,7 @@ class Order:
         return type(self.given)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (type(self), vars(self))
+        return _unpickled, (type(self), vars(self))
 
 
 def why_not_exact(sampler: Any) -> str | None:
@@ -289,14 +289,7 @@ def _from(items: Iterable[Any], start: int) -> Iterator[Any]:
     return itertools.islice(items, start, None)
 
 
-def _length(sampler: Sampler[Any] | Order | Iterable[Any]) -> int | None:
-    try:
-        return len(sampler)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _restored(kind: type[Order], state: dict[str, Any]) -> Order:
+def _unpickled(kind: type[Order], state: dict[str, Any]) -> Order:
     order = object.__new__(kind)
     order.__dict__.update(state)
     return order

@@ -101,8 +101,10 @@ class CheckpointWriter(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See whether this epoch was the best, if a training metric is monitored."""
         self._consider(trainer, "training")
-        if self._logged_by is None and trainer.current_epoch == 0:
-            log.warning("nothing logged %s in the first epoch: there is no best", self.monitor)
+        # Validations that are counted in batches may come after any epoch.
+        epochs_to_first = trainer.check_val_every_n_epoch or math.inf
+        if self._logged_by is None and trainer.current_epoch + 1 == epochs_to_first:
+            log.warning("nothing has logged %s so far: there is no best", self.monitor)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `last`, after what the other callbacks have done at the end."""

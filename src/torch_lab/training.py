@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -21,11 +22,12 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from torch_lab import errors
 from torch_lab.callbacks import EpochProgress, MetricPlots, NanMonitor
-from torch_lab.checkpoints import AtomicCheckpointIO, Source, resumable, source_of
+from torch_lab.checkpoints import AtomicCheckpointIO, Source, resumable, source_of, whole_checkpoint
 from torch_lab.components import TrainComponents
 from torch_lab.console import Console, is_open
 from torch_lab.errors import CheckpointError, HparamsError, TorchLabError, UserError, did_you_mean
@@ -159,10 +161,10 @@ class Training:
         if "test_dataloader" not in components.hooks:
             return
         data = {"datamodule": components.datamodule, "dataloaders": components.test_dataloaders}
-        best = self.run.checkpoint("best")
         arguments = {"verbose": False, **self.hparams.trainer.test}
-        if best.is_file():
-            arguments |= {"ckpt_path": best, "weights_only": True}
+        if self.run.checkpoint("best").is_file():
+            best = whole_checkpoint(self.run, "best")
+            arguments |= {"ckpt_path": best.path, "weights_only": True}
         self.trainer.test(components.module, **data, **arguments)
         self.keep_metrics()
 
@@ -316,9 +318,10 @@ def _start(
         return Start(was=was)
     is_own = _is_own(source, resumed)
     if hparams.checkpoint.weights_only and not is_own:
-        load_source(module, source, hparams.checkpoint)
+        load_source(module, source, hparams.checkpoint, script=hparams.path)
         return Start(was=was)
-    check_fits(module, source)
+    if _has_all_layers(module):
+        check_fits(module, source)
     found = source.load()
     state = found.get(STATE, {})
     changes = tuple(changed_conditions(state.get("conditions", {}), conditions))
@@ -330,14 +333,21 @@ def _start(
             f"{source} cannot go on exactly: {'; '.join(changes)}",
             "undo the change, or give --not-exact to go on all the same",
         )
-    metrics = _numbers(state["logged"]["callback"])
     if not state:
         raise CheckpointError(
             f"{source} was not written at a point that a run can be resumed from",
             "let a new run go on from it: checkpoint.checkpoint_task_id in the hparams",
         )
+    metrics = _numbers(state["logged"]["callback"])
     step = int(found["global_step"])
     return Start(step, source, state["marks"], metrics, was, changes)
+
+
+def _has_all_layers(module: pl.LightningModule) -> bool:
+    """Return whether the layers are known, and must all be in a checkpoint, before it is read."""
+    base = TrainLabModule if isinstance(module, TrainLabModule) else pl.LightningModule
+    made_later = any(is_overridden(hook, module, base) for hook in ("setup", "configure_model"))
+    return module.strict_loading and not made_later
 
 
 def _is_own(source: Source | None, resumed: Run | None) -> bool:
@@ -441,7 +451,7 @@ class _Process(ExactResume):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Tell the other ranks which folder rank zero reserved; open a console for this one."""
-        self.run.folder = Path(trainer.strategy.broadcast(str(self.run.folder)))
+        self._take_folder(Path(trainer.strategy.broadcast(str(self.run.folder))))
         # Where Lightning writes what has no other place; when it was made, there was no folder.
         trainer._default_root_dir = str(self.run.folder)  # type: ignore[attr-defined]
         self.on_term = signal.getsignal(signal.SIGTERM)
@@ -450,6 +460,14 @@ class _Process(ExactResume):
                 self.run.join()
             self._open_console(quiet=not trainer.is_global_zero)
             multiprocessing.util.Finalize(None, leave_process_group, exitpriority=0)
+
+    def _take_folder(self, folder: Path) -> None:
+        own, self.run.folder = self.run.folder, folder
+        if self.continues and own != folder:
+            raise CheckpointError(
+                f"the processes would go on with {folder.name} and {own.name}",
+                f"name the run for all of them: --resume {folder.name}",
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take SIGTERM back; go on from where the checkpoint left off."""
@@ -478,8 +496,12 @@ class _Process(ExactResume):
         super().on_exception(trainer, pl_module, exception)
         was_started = trainer.global_rank > 0 or os.getpid() != self.launcher
         if was_started and isinstance(exception, TorchLabError):
-            told = {"type": type(exception).__name__, "arguments": exception.__reduce__()[1]}
-            with written_whole(self.run.folder / _FAILURE) as file:
+            told = {"type": _own_kind(exception), "arguments": [exception.message, exception.hint]}
+            # On a full disk, say; the error itself is what matters.
+            with (
+                contextlib.suppress(OSError),
+                written_whole(self.run.folder / _FAILURE) as file,
+            ):
                 file.write_text(json.dumps(told), encoding="utf-8")
 
     def _open_console(self, *, quiet: bool) -> None:
@@ -488,6 +510,11 @@ class _Process(ExactResume):
             self.console = Console(quiet=quiet)
             self.console.__enter__()
             self.console.attach(self.run.console_log)
+
+
+def _own_kind(error: TorchLabError) -> str:
+    """Return the name of the error's class, or of the nearest one above it that is ours."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
 
 
 def failure_elsewhere(run: Run, seen_here: BaseException) -> TorchLabError | None:

@@ -15,6 +15,7 @@ __all__ = [
     "dict_as_str",
     "flattened",
     "import_script_as_module",
+    "length_of",
     "parameters_of",
     "process_rank",
     "shown",
@@ -37,6 +38,14 @@ def _leaves(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
 def dict_as_str(nested: Mapping[str, Any]) -> str:
     """Return a dictionary as text to read: a line for each leaf, with its dotted key."""
     return "\n".join(f"{key}: {value!r}" for key, value in flattened(nested).items())
+
+
+def length_of(value: object) -> int | None:
+    """Return how much is in `value`, or None where that is not known, as for iterable data."""
+    try:
+        return len(value)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def process_rank() -> int:

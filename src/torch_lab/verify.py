@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch_lab.errors import TorchLabError, UserError
+from torch_lab.errors import UnbrokenRunError, UserError
 from torch_lab.experiment import Experiment
 from torch_lab.runs import Run
 from torch_lab.signals import stopping_on_signals
@@ -39,7 +39,6 @@ __all__ = [
     "Outcome",
     "Report",
     "Trial",
-    "UnbrokenRunError",
     "Verification",
     "chosen",
     "differences",
@@ -317,19 +316,6 @@ def _why_not_resumed(first: Difference, reasons: Sequence[str]) -> str:
 
 
 # The trainings.
-
-
-class UnbrokenRunError(TorchLabError):
-    """The training fails without any interruption.
-
-    Args:
-        message: What is wrong.
-        exit_code: How its process ended.
-    """
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code if exit_code > 0 else 128 - exit_code  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

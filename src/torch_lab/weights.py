@@ -14,9 +14,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from torch_lab.checkpoints import Source, find_source
-from torch_lab.errors import CheckpointError, did_you_mean
+from torch_lab.errors import CheckpointError, did_you_mean, listed
 from torch_lab.hparams import CheckpointSection
 from torch_lab.runs import project_root
+from torch_lab.utils import shown
 
 __all__ = ["LoadReport", "check_fits", "load_source", "load_weights", "loaded_from"]
 
@@ -54,7 +55,7 @@ class LoadReport:
             "other shape": [f"{name} ({both})" for name, both in self.other_shape.items()],
             "not in the model": self.unexpected,
         }
-        told = [f"{what}: {_listed(names)}" for what, names in parts.items() if names]
+        told = [f"{what}: {listed(names)}" for what, names in parts.items() if names]
         return "; ".join([f"loaded {len(self.loaded)} of {total} tensors", *told])
 
 
@@ -104,7 +105,11 @@ def _tuple(patterns: Iterable[str]) -> tuple[str, ...]:
 
 
 def load_source(
-    module: torch.nn.Module, source: Source, section: CheckpointSection | None = None
+    module: torch.nn.Module,
+    source: Source,
+    section: CheckpointSection | None = None,
+    *,
+    script: Path | None = None,
 ) -> LoadReport:
     """Load the weights at `source` into `module` or its model, whichever has their names.
 
@@ -112,12 +117,13 @@ def load_source(
         module: What to load into.
         source: Where they are.
         section: Says, by `strict`, `include` and `exclude`, which are loaded; without it all.
+        script: The hparams script that has `section`; errors name it, and the key.
 
     Raises:
         CheckpointError: They do not fit, or nothing would be loaded.
         DamagedError: The checkpoint is damaged.
     """
-    fitting = _Fitting(module, source)
+    fitting = _Fitting(module, source, f"{shown(script)}: checkpoint" if script else "")
     report = fitting.report(section or CheckpointSection())
     fitting.load(report)
     # Told by `loaded_from`; an attribute, as a model has nowhere else to keep it.
@@ -144,10 +150,17 @@ def loaded_from(module: torch.nn.Module) -> str | None:
 
 
 class _Fitting:
-    """The weights at `source` held against those of `module` or its model, by their bare names."""
+    """The weights at `source` held against those of `module` or its model, by their bare names.
 
-    def __init__(self, module: torch.nn.Module, source: Source) -> None:
+    Args:
+        module: What to load into.
+        source: Where the weights are.
+        section: The script and the section that ask for them; empty where a call does.
+    """
+
+    def __init__(self, module: torch.nn.Module, source: Source, section: str = "") -> None:
         self.source = source
+        self.section = section
         self.target, self.given = _best_pair(module, _state(source))
         self.own = self.target.state_dict()
         # A LightningModule's model is meant by the patterns, not its place in it.
@@ -171,7 +184,7 @@ class _Fitting:
         if section.strict:
             self._check_exact(report)
         if self.own and not report.loaded:
-            raise CheckpointError(f"nothing of {self.source} fits the model: {report}")
+            raise self._error(f"nothing of {self.source} fits the model: {report}")
         return report
 
     def load(self, report: LoadReport) -> None:
@@ -189,25 +202,32 @@ class _Fitting:
 
     def _check_patterns(self, section: CheckpointSection) -> None:
         names = [*self.own_names, *self.given_names]
-        for pattern in (*section.include, *section.exclude):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                choices = {choice for name in names for choice in (name, *_parents(name))}
-                raise CheckpointError(
-                    f"the pattern {pattern!r} matches no weight of the model or of {self.source}"
-                    f"{did_you_mean(pattern, choices)}"
-                )
+        for key in ("include", "exclude"):
+            for index, pattern in enumerate(getattr(section, key)):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    choices = {choice for name in names for choice in (name, *_parents(name))}
+                    raise self._error(
+                        f"the pattern {pattern!r} matches no weight of the model or of "
+                        f"{self.source}{did_you_mean(pattern, choices)}",
+                        f"{key}[{index}]",
+                    )
 
     def _check_exact(self, report: LoadReport) -> None:
         if report.other_shape:
             name, both = next(iter(report.other_shape.items()))
-            raise CheckpointError(f"{self.source} does not fit: {name} has the shape {both}")
+            raise self._error(f"{self.source} does not fit: {name} has the shape {both}")
         parts = []
         if report.missing:
-            parts.append(f"it lacks {_listed(sorted(report.missing))}")
+            parts.append(f"it lacks {listed(sorted(report.missing))}")
         if report.unexpected:
-            parts.append(f"it has {_listed(report.unexpected)}, which the model has not")
+            parts.append(f"it has {listed(report.unexpected)}, which the model has not")
         if parts:
-            raise CheckpointError(f"{self.source} does not fit the model: {'; '.join(parts)}")
+            raise self._error(f"{self.source} does not fit the model: {'; '.join(parts)}")
+
+    def _error(self, message: str, key: str = "") -> CheckpointError:
+        """Return an error that says which key, or which section, asks for what is not to be had."""
+        where = ".".join(part for part in (self.section, key) if part)
+        return CheckpointError(f"{where}: {message}" if where else message)
 
 
 def _is_chosen(name: str, section: CheckpointSection) -> bool:
@@ -232,7 +252,7 @@ def _state(source: Source) -> dict[str, Any]:
     state = found.get("state_dict", found)
     holds_weights = "state_dict" in found or any(map(torch.is_tensor, state.values()))
     if not isinstance(state, Mapping) or not holds_weights:
-        keys = ", ".join(map(str, list(found)[:8])) or "nothing"
+        keys = listed(found, 8) or "nothing"
         raise CheckpointError(f"{source} holds no weights", f"it holds: {keys}")
     bare = {_bare(str(name)): value for name, value in state.items()}
     if all(name.startswith(_DISTRIBUTED) for name in bare):
@@ -268,10 +288,3 @@ def _unwrapped(module: Any) -> Any:
     module = getattr(module, "_orig_mod", module)
     is_wrapped = isinstance(module, (DataParallel, DistributedDataParallel))
     return _unwrapped(module.module) if is_wrapped else module
-
-
-def _listed(names: Iterable[str], count: int = 3) -> str:
-    """Return the first of the names, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - count} more" if len(every) > count else ""
-    return ", ".join(every[:count]) + more

@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
@@ -26,9 +26,6 @@ from torch.utils.data.dataloader import (
 from torch_lab.errors import LoaderError
 from torch_lab.iterables import Envelope
 from torch_lab.samplers import Order
-
-if TYPE_CHECKING:
-    from torch_lab.loaders import Loaders
 
 __all__ = ["Desk", "IteratorMaker", "Watch", "WorkerStart", "die_with_parent", "explained"]
 
@@ -51,7 +48,11 @@ def die_with_parent() -> None:
     # that lasts as long as its process. A server may have started it on behalf of the parent.
     from_main_thread = threading.main_thread().name == "MainThread"
     is_child = started_by is None or started_by.pid == parent
-    if not (from_main_thread and is_child and _kernel_kills_after_parent()):
+    if from_main_thread and is_child and _kernel_kills_after_parent():
+        # It does not if the parent was gone by then.
+        if os.getppid() != parent:
+            os._exit(1)
+    else:
         threading.Thread(target=_die_after, args=(parent,), daemon=True).start()
 
 
@@ -226,16 +227,21 @@ class _InWorkers(_MultiProcessingDataLoaderIter):
         raise RuntimeError(f"{_TIMED_OUT} {limit:g} seconds")
 
 
-def explained(error: BaseException, loaders: Loaders) -> LoaderError | None:
-    """Return what happened to a worker of `loaders`, if that is what `error` comes from."""
+def explained(error: BaseException, watches: Sequence[Watch]) -> LoaderError | None:
+    """Return what happened to a worker, if that is what `error` comes from.
+
+    Args:
+        error: What iterating over a loader raised, or what was raised from it.
+        watches: Those of all loaders that it may have been.
+    """
     for each in _chain(error):
         if not isinstance(each, RuntimeError):
             continue
         if dead := _DEAD.search(str(each)):
             pids = [int(pid) for pid in dead[1].split(",")]
-            return _death(pids, dead[2], loaders.watches)
+            return _death(pids, dead[2], watches)
         if _TIMED_OUT in str(each):
-            return _delay(each, [watch for watch in loaders.watches if watch.timed_out])
+            return _delay(each, [watch for watch in watches if watch.timed_out])
     return None
 
 
@@ -249,7 +255,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     return reversed(seen)
 
 
-def _death(pids: list[int], reason: str | None, watches: list[Watch]) -> LoaderError:
+def _death(pids: list[int], reason: str | None, watches: Sequence[Watch]) -> LoaderError:
     for watch in watches:
         for number, worker in enumerate(watch.workers):
             if worker.pid in pids:
