@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -19,7 +21,14 @@ import pytest
 
 from torch_lab import cli
 from torch_lab.runs import Run
+from warm import Warm
 
+LONG = (
+    *("test_demo.py", "test_docs.py", "test_distributed.py", "test_exact.py", "test_jobs.py"),
+    *("test_robustness.py", "test_cli.py", "test_faults.py", "test_train.py", "test_verify.py"),
+    *("test_workers.py", "test_callbacks_progress.py", "test_checkpoint_files.py"),
+)
+"""Whose tests begin first: a long file at the end would leave the other cores idle."""
 CONFIG = '''
 """A network learns the sign of a sum."""
 
@@ -115,6 +124,7 @@ class Lab:
             # As in a terminal: what Lightning warns of is no error there.
             warnings.simplefilter("default")
             code = cli.main(command, command.name, [str(argument) for argument in arguments])
+        end_workers()
         captured = self.capsys.readouterr()
         return Result(code, captured.out, captured.err)
 
@@ -153,16 +163,18 @@ class Lab:
     def environment(self, **variables: str) -> dict[str, str]:
         return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
-    def start(self, *words: str | Path, **options: Any) -> subprocess.Popen[str]:
+    def start(
+        self, *words: str | Path, python: str = sys.executable, **options: Any
+    ) -> subprocess.Popen[str]:
         """Start `python -m torch_lab` with `words`, its streams piped; `options` are Popen's."""
-        command = [sys.executable, "-m", "torch_lab", *map(str, words)]
+        command = [python, "-m", "torch_lab", *map(str, words)]
         defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": self.environment()}
         return subprocess.Popen(command, cwd=self.root, text=True, **{**defaults, **options})
 
-    def command(self, *words: str | Path, **variables: str) -> Result:
+    def command(self, *words: str | Path, python: str = sys.executable, **variables: str) -> Result:
         """Run `python -m torch_lab` with `words` in a process of its own."""
         done = subprocess.run(
-            [sys.executable, "-m", "torch_lab", *map(str, words)],
+            [python, "-m", "torch_lab", *map(str, words)],
             cwd=self.root,
             env=self.environment(**variables),
             capture_output=True,
@@ -171,6 +183,24 @@ class Lab:
             check=False,
         )
         return Result(done.returncode, done.stdout, done.stderr)
+
+
+def end_workers() -> None:
+    """End the DataLoader workers that an error has left, as the end of their process would do.
+
+    Otherwise the collection of their iterator, whenever it comes, waits 5 s for each of them.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.terminate()
+            child.join()
+
+
+@pytest.fixture(autouse=True)
+def no_workers_are_left() -> Iterator[None]:
+    """End the DataLoader workers that a test has left."""
+    yield
+    end_workers()
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +226,21 @@ def is_own(checkpoint: Path) -> bool:
         return record.is_file() and digest == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files in front; `--dist=loadfile` hands files out in this order."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A Python that starts at once, for what does not depend on how a process starts."""
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder:  # The path of a socket is short.
+        warm = Warm(Path(folder))
+        yield warm
+        warm.end()
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from warm import Warm
 
 SCRIPT = """
 import sys
@@ -90,13 +91,13 @@ EVERY_ROW = [(0, i) for i in range(6)] + [(1, i) for i in range(5)]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+def done(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> tuple[Path, str, str]:
     """Return folder, standard output and standard error of two processes' work."""
     folder = tmp_path_factory.mktemp("ddp")
     script = folder / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(folder / "out")],
+        [warm.python, str(script), str(folder / "out")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

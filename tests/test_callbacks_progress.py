@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from torch_lab.callbacks import EpochProgress
+from warm import Warm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")
 
@@ -378,12 +379,12 @@ trainer(EpochProgress(), max_epochs=1, enable_progress_bar=True).fit(Squares(0.0
 """
 
 
-def test_a_real_terminal_ends_with_the_kept_lines(tmp_path: Path) -> None:
+def test_a_real_terminal_ends_with_the_kept_lines(tmp_path: Path, warm: Warm) -> None:
     """In a terminal of 72 columns the live line is drawn in colour, within them, and then gone."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     child = pexpect.spawn(
-        sys.executable,
+        warm.python,
         [str(script), str(Path(__file__).parent)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "NO_COLOR": ""},
         dimensions=(24, 72),

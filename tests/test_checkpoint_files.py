@@ -13,7 +13,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 import types
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from torch_lab.checkpoints import (
 from torch_lab.errors import CheckpointError, DamagedError, ExitCode
 from torch_lab.plain import plain_values
 from torch_lab.runs import Run
+from warm import Warm
 
 
 @pytest.fixture
@@ -565,9 +565,10 @@ for line in sys.stdin:
 class Saver:
     """A process that saves checkpoints in children of its own, which die."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str, script: Path) -> None:
+        script.write_text(SAVER)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SAVER],
+            [python, script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -598,9 +599,9 @@ class Saver:
 
 
 @pytest.fixture(scope="module")
-def saver() -> Iterator[Saver]:
-    """A process that saves checkpoints; it takes seconds to start."""
-    saver = Saver()
+def saver(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saver]:
+    """A process that saves checkpoints."""
+    saver = Saver(warm.python, tmp_path_factory.mktemp("saver") / "saver.py")
     yield saver
     saver.close()
 
@@ -670,7 +671,7 @@ def test_kills_while_saving_leave_whole_checkpoints(run: Run, saver: Saver, kill
     """None is unreadable, none is lost, and the next save takes the place of what was left."""
     draw, latest = random.Random(kills), 0
     for _ in range(kills):
-        pid = saver.start(run, latest + 1, size=6_000_000, forever=True)
+        pid = saver.start(run, latest + 1, size=2_000_000, forever=True)
         time.sleep(draw.uniform(0.01, 0.4))
         os.kill(pid, signal.SIGKILL)
         assert saver.ended() == -signal.SIGKILL

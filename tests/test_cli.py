@@ -27,6 +27,7 @@ from torch_lab.report import last_words
 from torch_lab.runs import Run
 from torch_lab.signals import StopRequest
 from torch_lab.utils import parameters_of
+from warm import Warm
 
 HEAVY = ("torch", "pytorch_lightning", "clearml", "torchmetrics", "numpy", "rich", "matplotlib")
 
@@ -75,12 +76,13 @@ def test_console_scripts_help(name: str) -> None:
     assert done.stdout.startswith(f"Usage: {name} ")
 
 
-def test_the_umbrella_has_the_same_commands(lab: Lab) -> None:
+def test_the_umbrella_has_the_same_commands(lab: Lab, warm: Warm) -> None:
     """`torch-lab train` is `train`, `torch-lab infer` is `infer`; the version is known."""
     version = lab.command("--version")
     assert version.out == f"torch-lab {__version__}\n"
     assert "00_toy-hparams-v1 completed" in lab.command("train", lab.path).out
-    assert "arguments: ('--x',)" in lab.command("infer", lab.path, "--x").out
+    inferred = lab.command("infer", lab.path, "--x", python=warm.python)
+    assert "arguments: ('--x',)" in inferred.out
     unknown = lab.command("tran")
     assert unknown.code == ExitCode.USAGE
     assert unknown.err.startswith("error: no such command 'tran'")
@@ -125,10 +127,10 @@ def test_parameters_read_from_source_are_the_real_ones(
     assert list(parameters_of(module, name)) == real
 
 
-def in_terminal(lab: Lab, *words: str, **variables: str) -> pexpect.spawn:
+def in_terminal(lab: Lab, python: str, *words: str, **variables: str) -> pexpect.spawn:
     """Start a command in a terminal of 120 columns."""
     return pexpect.spawn(
-        sys.executable,
+        python,
         ["-m", "torch_lab", *words],
         cwd=str(lab.root),
         env=lab.environment(TERM="xterm-256color", **variables),  # type: ignore[arg-type]
@@ -147,10 +149,10 @@ SLOW = CONFIG.replace(
 ).replace('"module": module', '"callbacks": [Slow()], "module": module')
 
 
-def test_a_terminal_has_one_live_line(lab: Lab) -> None:
+def test_a_terminal_has_one_live_line(lab: Lab, warm: Warm) -> None:
     """It is drawn over and over, others print above it, and the log has none of its states."""
     lab.write("__main__.py", SLOW)
-    terminal = in_terminal(lab, "train", lab.path)
+    terminal = in_terminal(lab, warm.python, "train", lab.path)
     output = terminal.read()
     terminal.close()
     assert terminal.exitstatus == 0, output
@@ -164,10 +166,10 @@ def test_a_terminal_has_one_live_line(lab: Lab) -> None:
     assert "\x1b" not in log and "steps/s" not in log
 
 
-def test_no_color_is_honoured(lab: Lab) -> None:
+def test_no_color_is_honoured(lab: Lab, warm: Warm) -> None:
     """With NO_COLOR there is no colour, though the line is still live."""
     lab.write("__main__.py", SLOW)
-    terminal = in_terminal(lab, "train", lab.path, NO_COLOR="1")
+    terminal = in_terminal(lab, warm.python, "train", lab.path, NO_COLOR="1")
     output = terminal.read()
     terminal.close()
     assert "steps/s" in output
@@ -180,7 +182,7 @@ def test_debug_opens_a_debugger_in_the_users_frame(lab: Lab) -> None:
         "    module = TrainLabModule(",
         "    secret = 41 + 1\n    torch.zeros(2) @ torch.zeros(3)\n    module = TrainLabModule(",
     )
-    terminal = in_terminal(lab, "train", lab.path, "--pdb")
+    terminal = in_terminal(lab, sys.executable, "train", lab.path, "--pdb")
     terminal.expect_exact("(Pdb) ")
     terminal.sendline("p secret")
     terminal.expect_exact("42")

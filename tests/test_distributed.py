@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Lab
+from warm import Warm
 
 TWO = {"max_epochs": 2, "accelerator": "cpu", "devices": 2}
 
@@ -62,22 +63,22 @@ def test_ddp_starts_from_the_module(pair: Lab) -> None:
     whole(pair, result.err)
 
 
-def test_spawned_processes_find_the_scripts(lab: Lab) -> None:
+def test_spawned_processes_find_the_scripts(lab: Lab, warm: Warm) -> None:
     """`ddp_spawn` sends classes of the scripts to processes that never saw them."""
     lab.config("def train_config", "class Net(torch.nn.Linear):\n    pass\n\n\ndef train_config")
     text = (lab.folder / "__main__.py").read_text()
     lab.write("__main__.py", text.replace("torch.nn.Linear(4, 2),", "Net(4, 2),", 1))
     lab.hparams("hparams", {"trainer": {"init": {**TWO, "strategy": "ddp_spawn"}}})
-    result = lab.command("train", lab.path)
+    result = lab.command("train", lab.path, "--no-validate", python=warm.python)
     assert result.code == 0, result.err
     whole(lab, result.err)
 
 
-def test_torchrun_starts_one_run(pair: Lab) -> None:
+def test_torchrun_starts_one_run(pair: Lab, warm: Warm) -> None:
     """Under torchrun the ranks are told apart by the environment."""
     done = subprocess.run(
         [
-            sys.executable,
+            warm.python,
             "-m",
             "torch.distributed.run",
             "--nproc-per-node=2",
@@ -98,7 +99,7 @@ def test_torchrun_starts_one_run(pair: Lab) -> None:
     whole(pair, done.stderr)
 
 
-def test_slurm_starts_one_run(pair: Lab) -> None:
+def test_slurm_starts_one_run(pair: Lab, warm: Warm) -> None:
     """Under SLURM too: two tasks of one job step."""
     job = {
         "SLURM_JOB_ID": str(20000 + os.getpid() % 10000),
@@ -109,11 +110,12 @@ def test_slurm_starts_one_run(pair: Lab) -> None:
         "SLURM_NTASKS_PER_NODE": "2",
         "MASTER_ADDR": "127.0.0.1",
     }
+    environments = [
+        pair.environment(**job, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")
+    ]
     tasks = [
-        pair.start(
-            "train", pair.path, env=pair.environment(**job, SLURM_PROCID=rank, SLURM_LOCALID=rank)
-        )
-        for rank in ("0", "1")
+        pair.start("train", pair.path, python=warm.python, env=environment)
+        for environment in environments
     ]
     outputs = [task.communicate(timeout=120) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
@@ -121,7 +123,7 @@ def test_slurm_starts_one_run(pair: Lab) -> None:
     whole(pair, outputs[0][1])
 
 
-def test_an_error_on_one_rank_ends_all(pair: Lab) -> None:
+def test_an_error_on_one_rank_ends_all(pair: Lab, warm: Warm) -> None:
     """No process waits for one that failed; the run is recorded as failed."""
     pair.config(
         "    module = TrainLabModule(",
@@ -135,6 +137,6 @@ def test_an_error_on_one_rank_ends_all(pair: Lab) -> None:
         "        if os.environ.get('LOCAL_RANK') == '1': raise OSError('rank 1')\n"
         "        return super().__new__(cls, 0.1)\n",
     )
-    result = pair.command("train", pair.path)
+    result = pair.command("train", pair.path, python=warm.python)
     assert result.code != 0
     assert "OSError: rank 1" in result.err

@@ -9,7 +9,8 @@ On each page, from top to bottom and in one copy of the project:
   such a block shows below its command must be what the command said;
 * a block below `<!-- not run: the reason -->` is left alone.
 
-The copy holds a finished run of the demo, and its scripts train a tenth of the epochs.
+The copy holds a finished run of the demo, and its scripts train a tenth of the epochs. That run
+came of the command as it is installed; on the pages, commands start in the way of `warm`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import subprocess
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from warm import Warm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -126,12 +129,14 @@ def project(finished_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             del sys.modules[name]
 
 
-def run_in_shell(commands: list[str], project: Path, expected: int = 0) -> str:
-    """Run `commands` in one shell and return all that they wrote."""
-    scripts = sysconfig.get_path("scripts")
+def run_in_shell(
+    commands: list[str], project: Path, expected: int = 0, scripts: Sequence[Path] = ()
+) -> str:
+    """Run `commands` in one shell, looking in `scripts` first; return all that they wrote."""
+    folders = [*map(str, scripts), sysconfig.get_path("scripts"), os.environ["PATH"]]
     environment = {
         **os.environ,
-        "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
+        "PATH": os.pathsep.join(folders),
         "PYTHONPATH": str(project / "src"),
         "OMP_NUM_THREADS": "1",
     }
@@ -152,10 +157,11 @@ def run_in_shell(commands: list[str], project: Path, expected: int = 0) -> str:
     return result.stdout
 
 
-def run_console(block: Block, project: Path) -> None:
+def run_console(block: Block, project: Path, warm: Warm) -> None:
     commands = [command for command in block.commands if command != DEMO]  # It ran already.
     failure = EXIT.match(block.comment)
-    said = run_in_shell(commands, project, int(failure[1]) if failure else 0)
+    expected = int(failure[1]) if failure else 0
+    said = run_in_shell(commands, project, expected, [warm.scripts])
     if failure:
         shown = [line for line in block.text.splitlines() if not line.startswith("$ ")]
         assert [line for line in shown if line not in said] == [], said
@@ -174,7 +180,7 @@ def run_python(block: Block, page: Path, project: Path, namespace: dict[str, Any
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_what_a_page_shows_works(
-    page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    page: Path, request: pytest.FixtureRequest, warm: Warm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every command and every snippet of the page runs, in the page's order."""
     blocks = [block for block in blocks_of(page) if block.is_run]
@@ -185,7 +191,7 @@ def test_what_a_page_shows_works(
     monkeypatch.setitem(sys.modules, "page", module)  # Dataclasses look their module up.
     for block in blocks:
         if block.language == "console":
-            run_console(block, project)
+            run_console(block, project, warm)
         else:
             run_python(block, page, project, vars(module))
 

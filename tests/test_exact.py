@@ -28,6 +28,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 import torch_lab
 from conftest import Lab
+from warm import Warm
 
 SWEEP = Path(__file__).with_name("sweep.py")
 SOURCES = Path(torch_lab.__file__).parent
@@ -52,9 +53,11 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def swept(folder: Path, points: int, *words: str) -> list[dict[str, Any]]:
+def swept(
+    folder: Path, points: int, *words: str, python: str = sys.executable
+) -> list[dict[str, Any]]:
     """Sweep, and return what was found at each point."""
-    command = [sys.executable, str(SWEEP), str(folder), str(points), *words]
+    command = [python, str(SWEEP), str(folder), str(points), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -63,15 +66,16 @@ def swept(folder: Path, points: int, *words: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_killed_run_ends_with_the_same_bits(memory: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bits(memory: Path, warm: Warm) -> None:
     """A sample of the sweep: weights, states, metrics, log lines; no process is left behind."""
     names = ("plain", "val_check_foreign", "workers", "partial", "ddp")
-    assert len(swept(memory, 2, *names)) == 10
+    assert len(swept(memory, 2, *names, python=warm.python)) == 10
 
 
-def test_a_stopped_run_ends_with_the_same_bits(memory: Path) -> None:
+def test_a_stopped_run_ends_with_the_same_bits(memory: Path, warm: Warm) -> None:
     """A sample for each signal: the exit code is that of the signal, the stop is quick."""
-    assert len(swept(memory, 2, "val_check_interval", "--by", *STOPS)) == 8
+    words = ("val_check_interval", "--by", *STOPS)
+    assert len(swept(memory, 2, *words, python=warm.python)) == 8
 
 
 @pytest.mark.slow

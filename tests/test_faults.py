@@ -15,6 +15,7 @@ from conftest import Lab, Result
 from test_train import scalars
 from torch_lab.errors import ExitCode
 from torch_lab.runs import Run
+from warm import Warm
 
 CONFIG = '''
 """A network learns the sign of a sum, while the environment says what goes wrong."""
@@ -267,11 +268,11 @@ def runs_on(disk: Path) -> list[Run]:
     return [Run.read(path.parent) for path in sorted(disk.glob("data/artifacts/*/run.json"))]
 
 
-def test_a_disk_that_stays_full_ends_the_run(faulty: Faulty, small_disk: Path) -> None:
+def test_a_disk_that_stays_full_ends_the_run(faulty: Faulty, warm: Warm, small_disk: Path) -> None:
     """Twice it goes on, and says since when; the third time it ends; with room it goes on."""
     faulty.lab.hparams("hparams", {"trainer": {"init": {"max_epochs": 8}}})
     # In a process of its own: that of a run is known to be gone only if it is.
-    result = faulty.lab.command("train", faulty.lab.path, FAULT="full")
+    result = faulty.lab.command("train", faulty.lab.path, FAULT="full", python=warm.python)
     assert result.code == ExitCode.CODE_FAILED
     assert "Traceback" not in result.err
     assert "checkpoint last" in result.err and "(2 of 3 before the run stops)" in result.err
@@ -361,11 +362,11 @@ def test_a_broken_off_validation_is_logged_once(faulty: Faulty) -> None:
 # Workers, samples and memory.
 
 
-def test_a_worker_that_is_killed_is_told_with_its_samples(lab: Lab) -> None:
+def test_a_worker_that_is_killed_is_told_with_its_samples(lab: Lab, warm: Warm) -> None:
     """One error names the worker, the signal and the samples; the run goes on when told to."""
     lab.write("__main__.py", CONFIG)
     lab.hparams("hparams", {**EPOCHS, "config": {"workers": 2}})
-    result = lab.command("train", lab.path, FAULT="kill")
+    result = lab.command("train", lab.path, FAULT="kill", python=warm.python)
     assert result.code == ExitCode.CODE_FAILED, result.err
     (told,) = errors(result)
     assert told.startswith("error: worker 0 of train_dataloaders (pid ")

@@ -14,6 +14,7 @@ import pytest
 
 from conftest import CONFIG, Lab
 from torch_lab.errors import ExitCode
+from warm import Warm
 
 ACTING = CONFIG.replace(
     "def train_config(hparams):",
@@ -97,10 +98,10 @@ def test_the_table_names_runs_that_did_not_complete(lab: Lab) -> None:
     assert rows[1][1].startswith("failed ")
 
 
-def test_jobs_run_side_by_side_on_devices_dealt_out(lab: Lab) -> None:
+def test_jobs_run_side_by_side_on_devices_dealt_out(lab: Lab, warm: Warm) -> None:
     """As many at a time as there are devices, each seeing its own alone of those we see."""
     words = [*paths(lab, "a", "b"), "--devices", "0", "1", "--json"]
-    result = lab.command("train", *words, CUDA_VISIBLE_DEVICES="2, 3")
+    result = lab.command("train", *words, CUDA_VISIBLE_DEVICES="2, 3", python=warm.python)
     assert result.code == ExitCode.DONE, result.err
     said = [run.console_log.read_text().splitlines()[0] for run in lab.runs]
     assert {line.split()[1] for line in said} == {"2", "3"}
@@ -110,11 +111,13 @@ def test_jobs_run_side_by_side_on_devices_dealt_out(lab: Lab) -> None:
 
 
 def test_devices_are_as_given_where_nothing_hides_any(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, warm: Warm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without CUDA_VISIBLE_DEVICES they are what CUDA counts; `--devices=` takes several too."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    result = lab.command("train", "--devices=5", "6", *paths(lab, "bad", "bad_too"))
+    result = lab.command(
+        "train", "--devices=5", "6", *paths(lab, "bad", "bad_too"), python=warm.python
+    )
     assert {"device 5", "device 6"} == {line[:8] for line in result.out.splitlines()[:2]}
 
 
@@ -138,9 +141,9 @@ def test_a_mistake_in_the_last_stops_the_first(lab: Lab) -> None:
     assert not lab.runs
 
 
-def test_a_failure_of_a_quiet_job_is_shown(lab: Lab) -> None:
+def test_a_failure_of_a_quiet_job_is_shown(lab: Lab, warm: Warm) -> None:
     """Of a job beside others, stderr is shown when it failed, and only then."""
-    result = lab.command("train", *paths(lab, "bad", "a"), "--jobs", "2")
+    result = lab.command("train", *paths(lab, "bad", "a"), "--jobs", "2", python=warm.python)
     assert result.code == ExitCode.SOME_FAILED
     assert "OSError: broken" in result.err
     assert "epoch" not in result.err
@@ -172,9 +175,10 @@ def test_ctrl_c_in_a_terminal_stops_the_run(lab: Lab) -> None:
     }
 
 
-def test_a_signal_ends_all_jobs_and_starts_no_more(lab: Lab) -> None:
+def test_a_signal_ends_all_jobs_and_starts_no_more(lab: Lab, warm: Warm) -> None:
     """The children are told once, and the job that waits for a device starts nothing."""
-    process = lab.start("train", *paths(lab, "slow", "slow_too"), "--jobs", "2", "--devices", "0")
+    words = ("train", *paths(lab, "slow", "slow_too"), "--jobs", "2", "--devices", "0")
+    process = lab.start(*words, python=warm.python)
     wait_for(lab.root / "waits")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

@@ -635,7 +635,8 @@ class Launched(LightningEnvironment):
 
 def test_values_of_an_epoch_are_over_the_samples_of_all_processes(tmp_path: Path) -> None:
     """Two processes log what one would, and their checkpoint fits the bare network."""
-    mp.spawn(trained_in_two_processes, args=(tmp_path / "store",), nprocs=2)
+    arguments = (tmp_path / "store",)
+    mp.start_processes(trained_in_two_processes, arguments, nprocs=2, start_method="fork")
     state = torch.load(tmp_path / "store.ckpt", weights_only=True)["state_dict"]
     network().load_state_dict(state)
 

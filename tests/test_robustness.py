@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 import torch_lab
 from conftest import CONFIG, Lab
 from torch_lab.errors import ExitCode
+from warm import Warm
 
 OWN = """
 import pytorch_lightning as pl
@@ -117,16 +117,16 @@ def test_a_datamodules_samples_are_named_too(lab: Lab) -> None:
     assert "worker process" not in result.err
 
 
-def test_ranks_that_disagree_on_the_score_do_not_hang(lab: Lab) -> None:
+def test_ranks_that_disagree_on_the_score_do_not_hang(lab: Lab, warm: Warm) -> None:
     """A value logged without `sync_dist` differs between ranks: that of rank zero decides."""
     own(lab, accelerator="cpu", devices=2, strategy="ddp")
-    result = lab.command("train", lab.path)
+    result = lab.command("train", lab.path, python=warm.python)
     assert result.code == 0, result.err
     assert lab.run().sidecar("best")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
-def test_a_nan_on_another_rank_is_told(lab: Lab, strategy: str) -> None:
+def test_a_nan_on_another_rank_is_told(lab: Lab, warm: Warm, strategy: str) -> None:
     """Exit 4 and the reason, though rank zero itself saw none."""
     own(
         lab,
@@ -140,7 +140,7 @@ def test_a_nan_on_another_rank_is_told(lab: Lab, strategy: str) -> None:
         devices=2,
         strategy=strategy,
     )
-    result = lab.command("train", lab.path)
+    result = lab.command("train", lab.path, python=warm.python)
     assert result.code == ExitCode.NON_FINITE, result.err
     assert "error: the training loss is NaN at step 1" in result.err
     assert lab.run().state == "failed"
@@ -192,7 +192,9 @@ def test_sigterm_ends_all_processes_of_a_run(lab: Lab) -> None:
     assert process.stdout is not None
     said = ""
     while said.count("trained") < 4:  # The lines of two processes may mix.
-        said += process.stdout.read(1)
+        letter = process.stdout.read(1)
+        assert letter, said
+        said += letter
     process.send_signal(signal.SIGTERM)
     # It reads to the end of the pipes, which every process of the run holds open.
     _, err = process.communicate(timeout=60)
@@ -200,9 +202,11 @@ def test_sigterm_ends_all_processes_of_a_run(lab: Lab) -> None:
     assert lab.run().state == "stopped"
 
 
-def test_a_rank_without_a_strategy_is_told_so(lab: Lab) -> None:
+def test_a_rank_without_a_strategy_is_told_so(lab: Lab, warm: Warm) -> None:
     """Several processes of one launcher that each train alone would write the same things."""
-    result = lab.command("train", lab.path, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    result = lab.command(
+        "train", lab.path, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", python=warm.python
+    )
     assert result.code == ExitCode.USAGE
     assert "this is process 1 of several that were started together" in result.err
     assert not (lab.root / "data").exists()
@@ -420,9 +424,9 @@ def _folders(lab: Lab) -> list[Path]:
     return [path for path in (lab.root / "data" / "artifacts").iterdir() if path.is_dir()]
 
 
-def test_a_closed_pipe_does_not_fail_a_run(lab: Lab) -> None:
+def test_a_closed_pipe_does_not_fail_a_run(lab: Lab, warm: Warm) -> None:
     """`train … | head` completes."""
-    command = f"{sys.executable} -m torch_lab train {lab.path} | true"
+    command = f"{warm.python} -m torch_lab train {lab.path} | true"
     subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=lab.root, check=True)
     assert lab.run().state == "completed"
 

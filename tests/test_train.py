@@ -21,6 +21,7 @@ import torch_lab
 from conftest import CONFIG, Lab
 from torch_lab.errors import ExitCode
 from torch_lab.runs import Run
+from warm import Warm
 
 
 def scalars(run: Run) -> dict[str, list[tuple[int, float]]]:
@@ -490,7 +491,7 @@ def seen(y_pred):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_stops_the_run(lab: Lab, name: str, code: int) -> None:
+def test_a_signal_stops_the_run(lab: Lab, warm: Warm, name: str, code: int) -> None:
     """The exit code is that of the signal, and the run is recorded as stopped."""
     lab.config('"module": module', '"callbacks": [Slow()], "module": module')
     main = (lab.folder / "__main__.py").read_text()
@@ -507,7 +508,7 @@ class Slow(pl.Callback):
 """,
     )
     lab.hparams("hparams", {"trainer": {"init": {"max_epochs": 100}}})
-    process = lab.start("train", lab.path)
+    process = lab.start("train", lab.path, python=warm.python)
     assert process.stdout is not None
     assert process.stdout.readline() == "trained\n"
     process.send_signal(getattr(signal, name))
@@ -517,7 +518,7 @@ class Slow(pl.Callback):
     assert lab.run().state == "stopped"
 
 
-def test_a_second_signal_leaves_at_once(lab: Lab) -> None:
+def test_a_second_signal_leaves_at_once(lab: Lab, warm: Warm) -> None:
     """Whatever the first one waits for."""
     lab.config('"module": module', '"callbacks": [Stubborn()], "module": module')
     main = (lab.folder / "__main__.py").read_text()
@@ -533,7 +534,7 @@ class Stubborn(pl.Callback):
         time.sleep(60)
 """,
     )
-    with lab.start("train", lab.path) as process:
+    with lab.start("train", lab.path, python=warm.python) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "trained\n"
         process.send_signal(signal.SIGTERM)
@@ -603,10 +604,13 @@ print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(count)])
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_launches_in_the_same_instant_are_runs_of_their_own(lab: Lab, count: int) -> None:
+def test_launches_in_the_same_instant_are_runs_of_their_own(
+    lab: Lab, warm: Warm, count: int
+) -> None:
     """Each has its own version, and all are whole."""
+    script = lab.write("launches.py", LAUNCHES)
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHES, str(count), lab.path],
+        [warm.python, script, str(count), lab.path],
         cwd=lab.root,
         env=lab.environment(),
         capture_output=True,

@@ -30,6 +30,7 @@ from torch_lab.verify import (
     differences,
     reached,
 )
+from warm import Warm
 
 NOISY = """
 class Noisy(torch.utils.data.Dataset):
@@ -52,23 +53,25 @@ TWO = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 2}
 # Through the command.
 
 
-def verified(lab: Lab, *words: str) -> tuple[int, dict[str, Any], Path]:
+def verified(lab: Lab, warm: Warm, *words: str) -> tuple[int, dict[str, Any], Path]:
     """Return the exit code, the record and the folder for temporary files."""
     folder = lab.root / "temporary"
     folder.mkdir()
-    result = lab.command("verify-resume", lab.path, "--json", *words, TMPDIR=str(folder))
+    result = lab.command(
+        "verify-resume", lab.path, "--json", *words, python=warm.python, TMPDIR=str(folder)
+    )
     assert result.out, result.err
     return result.code, json.loads(result.out), folder
 
 
-def test_an_exact_experiment_is_found_exact(lab: Lab) -> None:
+def test_an_exact_experiment_is_found_exact(lab: Lab, warm: Warm) -> None:
     """All is equal, and nothing is left: neither in the project nor among temporary files.
 
     The checkpoint lies halfway to the kill, whatever the hparams say.
     """
     own = {"every_n_steps": 1}
     lab.hparams("hparams", {"trainer": {"init": {"max_epochs": 2}}, "checkpoint": own})
-    code, record, folder = verified(lab, "--kill-at", "7:optimizer")
+    code, record, folder = verified(lab, warm, "--kill-at", "7:optimizer")
     (trial,) = record["trials"]
     assert (code, record["exact"], record["whole"]) == (0, True, True)
     assert record["steps"] == [1, 8]
@@ -106,10 +109,11 @@ def test_a_generator_in_the_data_is_found(lab: Lab) -> None:
     assert sorted(item.name for item in folder.iterdir()) == ["again", "kill-1", "unbroken"]
 
 
-def test_a_run_that_fails_anyway_ends_as_it_does(lab: Lab) -> None:
+def test_a_run_that_fails_anyway_ends_as_it_does(lab: Lab, warm: Warm) -> None:
     """The error of the unbroken run is shown, and its exit code kept."""
     lab.config("torch.nn.CrossEntropyLoss()", "lambda y_pred, y: y_pred.sum() * float('nan')")
-    result = lab.command("verify-resume", lab.path, TMPDIR=str(lab.root))
+    variables = {"TMPDIR": str(lab.root)}
+    result = lab.command("verify-resume", lab.path, python=warm.python, **variables)
     assert result.code == 4
     assert "loss is NaN" in result.err
     assert "error: the run fails without being killed" in result.err
@@ -134,10 +138,10 @@ def test_an_interruption_leaves_nothing(lab: Lab) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_train_together(lab: Lab) -> None:
+def test_processes_that_train_together(lab: Lab, warm: Warm) -> None:
     """A run of two processes is killed as a whole, goes on, and is compared on both."""
     lab.hparams("hparams", {"trainer": {"init": TWO}})
-    code, record, _ = verified(lab, "--kill-at", "3")
+    code, record, _ = verified(lab, warm, "--kill-at", "3")
     assert (code, record["exact"]) == (0, True), record
     assert record["trials"][0]["resumed_from"] == 2
 

@@ -21,14 +21,20 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch_lab.callbacks import PredictionWriter
 from torch_lab.checkpoints import source_of
 from torch_lab.console import Console, raised_in_lightning, rendered
-from torch_lab.errors import ComponentsError, DeviceMemoryError, Interrupted, UserError
+from torch_lab.errors import (
+    ComponentsError,
+    DeviceMemoryError,
+    Interrupted,
+    LoaderError,
+    UserError,
+)
 from torch_lab.experiment import Experiment
 from torch_lab.hparams import DevRun, Hparams
 from torch_lab.loaders import Loaders
 from torch_lab.report import closing_record, closing_rows, header_rows, last_words
 from torch_lab.runs import Run, artifacts_folder, find_run, latest_unfinished, plain_name, runs_of
 from torch_lab.samplers import Position
-from torch_lab.signals import stopping_on_signals
+from torch_lab.signals import StopRequest, stopping_on_signals
 from torch_lab.training import (
     Options,
     Training,
@@ -110,7 +116,7 @@ def train_with(experiment: Experiment, options: Options, *, as_json: bool = Fals
             _show_end(console, options.resume, as_json=as_json)
             return options.resume
         training = prepared(experiment, options, stop)
-        with contextlib.nullcontext() if follows else _recorded(training, console):
+        with contextlib.nullcontext() if follows else _recorded(training, console, stop):
             stop.last_words = functools.partial(last_words, training.run)
             console.header(header_rows(training))
             training.validate_before()
@@ -277,7 +283,7 @@ def _weights_for(module: pl.LightningModule, hparams: Hparams, *, trust: bool) -
 
 
 @contextlib.contextmanager
-def _recorded(training: Training, console: Console) -> Iterator[None]:
+def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterator[None]:
     """Keep the run's record on disk, from its reservation to how it ended.
 
     A user's mistake that shows only now, before anything was trained, leaves no run behind.
@@ -292,7 +298,7 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
     except BaseException as raised:
         if not training.has_folder:
             raise
-        error = failure_elsewhere(run, raised) or _interruption(raised) or raised
+        error = failure_elsewhere(run, raised) or _interruption(raised, stop) or raised
         is_new = training.options.resume is None and not training.has_trained
         if isinstance(error, UserError) and is_new:
             run.discard()
@@ -317,11 +323,15 @@ def _recorded(training: Training, console: Console) -> Iterator[None]:
         training.logger.close()
 
 
-def _interruption(error: BaseException | None) -> Interrupted | None:
+def _interruption(error: BaseException, stop: StopRequest) -> Interrupted | None:
     """Return the interruption that `error` came after: Lightning may fail while it clears up."""
-    while error is not None and not isinstance(error, Interrupted):
-        error = error.__context__
-    return error
+    if isinstance(error, LoaderError) and stop.signum is not None:
+        # Ctrl-C ends a worker that was only just started.
+        return Interrupted(stop.signum)
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, Interrupted):
+        seen = seen.__context__
+    return seen
 
 
 def _reason(error: BaseException) -> str:
