@@ -196,7 +196,8 @@ def test_a_run_that_goes_on_is_the_same_run(
     assert (record.reason, record.ended) == (None, None)
     assert [each["from_step"] for each in record.resumed] == [None, 7]
     assert record.resumed[1]["argv"] == ["train", "h.py", "--resume"]
-    assert record.resumed[1].keys() == {"when", "pid", "host", "argv", "from_step", "changed"}
+    keys = {"when", "ended_before", "pid", "host", "argv", "from_step", "changed"}
+    assert record.resumed[1].keys() == keys
 
 
 def test_a_completed_run_does_not_go_on(tmp_path: Path) -> None:
