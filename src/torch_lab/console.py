@@ -23,10 +23,12 @@ from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 from torch_lab.errors import Interrupted, TorchLabError, UserError
+from torch_lab.utils import shown
 
 __all__ = [
     "Console",
     "is_open",
+    "place_of",
     "print_rows",
     "print_table",
     "raised_in_lightning",
@@ -91,6 +93,11 @@ class Console:
         """Show what came out of it, on stdout."""
         if not self.quiet:
             print_rows(rows, sys.stdout)
+
+    def progress(self, text: str) -> None:
+        """Show `text` in a terminal, in place of what this showed before."""
+        if not self.quiet and sys.stderr.isatty():
+            print(f"{_ERASE_LINE}{text}", end="", file=sys.stderr, flush=True)
 
     def result(self, text: str) -> None:
         """Show `text` on stdout."""
@@ -370,6 +377,14 @@ def user_frames(trace: TracebackType | None) -> TracebackType | None:
     for frame, instruction, line in reversed(frames):
         result = TracebackType(result, frame, instruction, line)
     return result
+
+
+def place_of(error: BaseException) -> str | None:
+    """Return where in the user's code `error` was raised; None if no such code took part."""
+    frames = traceback.extract_tb(user_frames(error.__traceback__))
+    if not frames or _is_others(frames[-1].filename):
+        return None
+    return f"{shown(Path(frames[-1].filename))}, line {frames[-1].lineno}"
 
 
 def _is_others(file: str) -> bool:

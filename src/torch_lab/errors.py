@@ -12,6 +12,9 @@ Exception
     ├── NotWrittenError         1   checkpoints could not be written, several times in a row
     ├── LoaderError             1   a worker process of a DataLoader died or hangs
     ├── DeviceMemoryError       1   a device has too little memory
+    ├── TrackingError           5   ClearML was demanded, and is not to be had
+    ├── ServerError             1   a ClearML server refused what it was asked for
+    │   └── UnreachableError    5   it does not answer, or cannot now
     ├── SomeRunsFailedError     3   several runs were asked for, and some failed
     ├── NonFiniteError          4   a loss became NaN or infinite
     └── UnbrokenRunError            verify-resume: the run fails unkilled; with its own exit code
@@ -39,9 +42,12 @@ __all__ = [
     "NonFiniteError",
     "NotWrittenError",
     "ScriptError",
+    "ServerError",
     "SomeRunsFailedError",
     "TorchLabError",
+    "TrackingError",
     "UnbrokenRunError",
+    "UnreachableError",
     "UserError",
     "did_you_mean",
     "listed",
@@ -130,6 +136,27 @@ class LoaderError(TorchLabError):
 
 class DeviceMemoryError(TorchLabError):
     """A device has too little memory for a batch."""
+
+
+class TrackingError(TorchLabError):
+    """ClearML is not to be had: it is not set up here, does not answer, or does not let us in."""
+
+    exit_code = ExitCode.NO_TRACKING
+
+
+class ServerError(TorchLabError):
+    """A ClearML server refused what it was asked for."""
+
+    def __init__(self, message: str, hint: str | None = None, code: int = 0) -> None:
+        super().__init__(message, hint)
+        self.code = code
+        """The HTTP status; 0 if there was no answer."""
+
+
+class UnreachableError(ServerError):
+    """A ClearML server did not answer, or cannot now: it may later."""
+
+    exit_code = ExitCode.NO_TRACKING
 
 
 class SomeRunsFailedError(TorchLabError):

@@ -38,6 +38,7 @@ from torch_lab.scripts import running_script
 from torch_lab.utils import shown
 
 __all__ = [
+    "CODE_FILE",
     "CodeState",
     "Run",
     "RunRecord",
@@ -50,12 +51,16 @@ __all__ = [
     "plain_name",
     "project_root",
     "runs_of",
+    "untracked_files",
     "unversioned",
 ]
 
 log = logging.getLogger(__name__)
 
 _VERSION = re.compile(r"-v(\d+)$")
+_WITHOUT_CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/@]*@")
+CODE_FILE = ".torch_lab/code.json"
+"""Where an agent finds the state of the code that it got, which came without git."""
 _RECORD = "run.json"
 _LOCK_WAIT_S = 20.0
 """A run that was just told to stop may still save; what it started may outlive it for a while."""
@@ -97,28 +102,46 @@ class CodeState:
     branch: str | None = None
     changes: bytes = b""
     """The difference of the working tree to the commit, as a patch."""
-    untracked: int = 0
-    """How many files or folders git neither tracks nor ignores."""
+    untracked: tuple[str, ...] = ()
+    """The files and folders that git neither tracks nor ignores."""
+    repository: str | None = None
+    """The address of the remote origin, without credentials."""
 
     def __str__(self) -> str:
         if self.commit is None:
             return "no git commit"
         changed = ", with uncommitted changes" if self.changes else ""
-        untracked = f", {self.untracked} untracked" if self.untracked else ""
+        untracked = f", {len(self.untracked)} untracked" if self.untracked else ""
         return f"{self.branch} {self.commit[:8]}{changed}{untracked}"
 
 
 def code_state(root: Path) -> CodeState:
-    """Return the state of the code below `root`."""
+    """Return the state of the code below `root`; of code that was queued, as it was there."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        told = json.loads((root / CODE_FILE).read_text(encoding="utf-8"))
+        told |= {"changes": told["changes"].encode(), "untracked": tuple(told["untracked"])}
+        return CodeState(**told)
     status = _git(root, "status", "--porcelain=v2", "--branch").decode(errors="replace")
     head = dict(re.findall(r"^# branch\.(oid|head) (.*)$", status, flags=re.MULTILINE))
     if head.get("oid", "(initial)") == "(initial)":
         return CodeState()
-    files = [line[0] for line in status.splitlines() if not line.startswith("#")]
-    untracked = files.count("?")
-    changed = len(files) > untracked
+    files = [line for line in status.splitlines() if not line.startswith("#")]
+    untracked = tuple(line.removeprefix("? ") for line in files if line.startswith("? "))
+    changed = len(files) > len(untracked)
     diff = ("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD")
-    return CodeState(head["oid"], head["head"], _git(root, *diff) if changed else b"", untracked)
+    changes = _git(root, *diff) if changed else b""
+    origin = _git(root, "config", "--get", "remote.origin.url").decode(errors="replace").strip()
+    repository = _WITHOUT_CREDENTIALS.sub(r"\1", origin) or None
+    return CodeState(head["oid"], head["head"], changes, untracked, repository)
+
+
+def untracked_files(root: Path, code: CodeState) -> list[str]:
+    """Return the files below `root` that git does not know; those of runs and caches are none."""
+    if not code.untracked:
+        return []
+    found = _git(root, "ls-files", "--others", "--exclude-standard", "-z").decode(errors="replace")
+    ours = (f"{artifacts_folder(Path()).as_posix()}/", "data/cache/")
+    return [name for name in found.split("\0") if name and not name.startswith(ours)]
 
 
 def _git(root: Path, *arguments: str) -> bytes:
@@ -176,11 +199,15 @@ class RunRecord:
     packages: dict[str, str] = field(default_factory=_installed_packages)
     commit: str | None = None
     branch: str | None = None
+    repository: str | None = None
+    """Where the code is from: the remote that git calls origin."""
     changed: bool = False
     """Whether the code differed from the commit; `sources/changes.diff` says in what."""
     parent: dict[str, Any] | None = None
     """The run and checkpoint that this run went on from."""
     clearml_task_id: str | None = None
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    """The ClearML datasets that were read: id, name, project and version of each."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of every metric."""
 
@@ -209,11 +236,14 @@ class Run:
         planned = RunRecord(uuid.uuid4().hex, base_name, 0, hparams=hparams, **record)
         return cls(artifacts / base_name, planned)
 
-    def reserve(self) -> None:
+    def reserve(self, above: int = 0) -> None:
         """Take the next version of the run's name, and create its folder with the record in it.
 
         Creating the folder is what reserves the version: of two launches in the same instant one
         fails to, and takes the next. It is locked until the run is closed or its process ends.
+
+        Args:
+            above: A version that is taken elsewhere, as are those below it.
 
         Raises:
             UserError: The folder cannot be created.
@@ -221,7 +251,7 @@ class Run:
         artifacts, base_name = self.folder.parent, self.record.name
         try:
             artifacts.mkdir(parents=True, exist_ok=True)
-            self._reserve(artifacts, base_name)
+            self._reserve(artifacts, base_name, above)
         except OSError as error:
             raise UserError(
                 f"cannot create a run in {shown(artifacts)}: {error.strerror}",
@@ -229,8 +259,19 @@ class Run:
             ) from None
         self.write()
 
-    def _reserve(self, artifacts: Path, base_name: str) -> None:
-        version = max(_versions(artifacts, base_name), default=0) + 1
+    def reserve_another(self, above: int) -> None:
+        """Give up the folder, in which there is nothing yet, for one with a version above `above`.
+
+        Raises:
+            UserError: The folder cannot be created.
+        """
+        self.discard()
+        base_name = unversioned(self.record.name)
+        self.folder, self.record.name = self.folder.with_name(base_name), base_name
+        self.reserve(above)
+
+    def _reserve(self, artifacts: Path, base_name: str, above: int) -> None:
+        version = max([above, *_versions(artifacts, base_name)]) + 1
         while True:
             folder = artifacts / f"{base_name}-v{version}"
             try:

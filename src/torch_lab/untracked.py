@@ -1,0 +1,88 @@
+"""The files of a project that git neither has nor ignores: no commit tells what is in them."""
+
+from __future__ import annotations
+
+import fnmatch
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from torch_lab.files import written_whole
+from torch_lab.redaction import masked_script, masked_text
+
+__all__ = ["MOST_BYTES", "is_secret_file", "keep_untracked"]
+
+MOST_BYTES: Final = 20 * 2**20
+"""How much is kept of a project, in bytes."""
+_SECRETS: Final = (
+    ".env",
+    ".env.*",
+    "*.pem",
+    "*.key",
+    "id_rsa*",
+    "id_ed25519*",
+    "clearml.conf",
+    ".netrc",
+)
+_TEXTS: Final = (".cfg", ".csv", ".ini", ".json", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml")
+
+
+def keep_untracked(root: Path, names: Iterable[str], target: Path) -> list[str]:
+    """Write the files to `target`, a zip file, the small ones first; return which were left out.
+
+    What looks like a secret in texts is masked; files that hold nothing else are left out.
+
+    Args:
+        root: The project.
+        names: Paths below it.
+        target: Where the zip file goes; without files there is none.
+    """
+    files = sorted(_sizes(root, names), key=lambda file: file[1])
+    left_out, total = [], 0
+    kept = []
+    for name, size in files:
+        if is_secret_file(name) or total + size > MOST_BYTES:
+            left_out.append(name)
+        else:
+            kept.append(name)
+            total += size
+    if kept:
+        with (
+            written_whole(target) as path,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
+            for name in kept:
+                archive.writestr(_entry(name), _masked(root / name))
+    return left_out
+
+
+def is_secret_file(name: str) -> bool:
+    """Return whether a file of that name holds nothing but secrets."""
+    return any(fnmatch.fnmatch(Path(name).name, pattern) for pattern in _SECRETS)
+
+
+def _sizes(root: Path, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+    for name in names:
+        path = root / name
+        if path.is_file() and not path.is_symlink():
+            yield name, path.stat().st_size
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    # Always the same bytes for the same files.
+    entry = zipfile.ZipInfo(name)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    return entry
+
+
+def _masked(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix == ".py":
+        return masked_script(content)
+    if path.suffix not in _TEXTS:
+        return content
+    try:
+        return masked_text(content.decode()).encode()
+    except UnicodeDecodeError:
+        return content
