@@ -19,7 +19,7 @@ import pickle
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile, is_zipfile
@@ -31,8 +31,11 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from torch_lab.errors import CheckpointError, DamagedError, did_you_mean
 from torch_lab.files import beside, link, publish, sync
 from torch_lab.hparams import Hparams
+from torch_lab.mirror import Progress
 from torch_lab.plain import plain_values
+from torch_lab.remote import Remote, access, fetched, find_remote, is_id
 from torch_lab.runs import Run, artifacts_folder, find_run, project_root
+from torch_lab.server import Server
 from torch_lab.utils import shown
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "Source",
     "find_source",
+    "note_child",
     "resumable",
     "source_of",
     "whole_checkpoint",
@@ -55,6 +59,7 @@ _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9"
 _ANY_TEMPORARY = ".*.ckpt.new.tmp"
 _LAST = "last"
 _PREVIOUS = "previous"
+_CHILDREN = "derived_models.log"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -281,24 +286,42 @@ class Source:
 
     path: Path
     run: Run | None
-    """The run that wrote it; None for a file that lies elsewhere."""
+    """The run that wrote it; None for a file that lies elsewhere, or whose run is not here."""
     sha256: str
     trusted: bool = False
     """Whether it may run code when it is read."""
+    remote: Remote | None = None
+    """What ClearML tells of it, where that was asked."""
 
     def __str__(self) -> str:
-        return f"{self.path.stem} of {self.run.name}" if self.run else shown(self.path)
+        if self.run is None and self.remote is None:
+            return shown(self.path)
+        return str(self.remote) if self.run is None else f"{self.name} of {self.run.name}"
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name in its run."""
+        is_cached = self.remote is not None and not _is_of_run(self.path)
+        return self.remote.name if self.remote and is_cached else self.path.stem
 
     def parent(self) -> dict[str, Any]:
         """Return what a run that goes on from here records as its parent."""
-        run = self.run.record if self.run else None
+        run, remote = self.run.record if self.run else None, self.remote
         return {
-            "run": run.name if run else None,
-            "id": run.id if run else None,
-            "checkpoint": self.path.stem,
+            "run": run.name if run else remote and remote.run,
+            "id": run.id if run else remote and remote.run_id,
+            "checkpoint": self.name,
             "path": str(self.path),
             "sha256": self.sha256,
+            "task": remote.task if remote else run and run.clearml_task_id,
+            "model": remote.model if remote else self._known_model(),
         }
+
+    def _known_model(self) -> str | None:
+        """Return the id of the model on ClearML, as the run's folder notes it, if it is there."""
+        models = Progress.of(self.run.folder).models if self.run else {}
+        found = models.get(self.name, {})
+        return found.get("id") if found.get("sha256") == self.sha256 else None
 
     def load(self) -> dict[str, Any]:
         """Return what the checkpoint holds, on the CPU.
@@ -384,42 +407,52 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def source_of(hparams: Hparams, *, trust: bool = False) -> Source | None:
+def source_of(hparams: Hparams, *, trust: bool = False, in_full: bool = False) -> Source | None:
     """Return the checkpoint that `hparams` ask for, verified; None when they ask for none.
 
     Args:
         hparams: Those of the experiment.
         trust: Whether the checkpoint may run code when it is read.
+        in_full: Whether training goes on from it, which only one of the same experiment allows.
 
     Raises:
-        CheckpointError: There is no such run or checkpoint.
+        CheckpointError: There is no such run or checkpoint, or it is of another experiment.
         DamagedError: It is damaged, and so is what there is to fall back to.
     """
     if hparams.checkpoint.checkpoint_task_id is None:
         return None
+    section = hparams.checkpoint
     try:
         return find_source(
-            hparams.checkpoint.checkpoint_task_id,
-            hparams.checkpoint.checkpoint_name,
+            str(section.checkpoint_task_id),
+            section.checkpoint_name,
             project_root(hparams.path),
             trust=trust,
+            experiment=hparams.path.parent.name if in_full else None,
         )
     except CheckpointError as error:
         where = f"{shown(hparams.path)}: checkpoint"
         raise type(error)(f"{where}: {error.message}", error.hint) from None
 
 
-def find_source(wanted: str, name: str, root: Path, *, trust: bool = False) -> Source:
+def find_source(
+    wanted: str, name: str, root: Path, *, trust: bool = False, experiment: str | None = None
+) -> Source:
     """Return a checkpoint, verified. For a damaged `last` of a run, `previous` is returned.
 
+    A name means a run of the project, if it has one of that name, else one on ClearML. An id means
+    a task: its run in the project serves as far as it has what the task has.
+
     Args:
-        wanted: A run of the project at `root`, or the path of a file.
-        name: The checkpoint's name; not used for a path.
+        wanted: The name of a run, the id of a ClearML task or of a run, or the path of a file.
+        name: The checkpoint's name, or the id of a ClearML model; not used for a path.
         root: The project.
         trust: Whether it may run code when it is read.
+        experiment: The experiment that the run must be of; None for any.
 
     Raises:
-        CheckpointError: There is no such run or checkpoint.
+        CheckpointError: There is no such run or checkpoint, it is of another experiment, or
+            ClearML, which may have it, cannot be asked.
         DamagedError: It is damaged, and so is what there is to fall back to.
     """
     file = Path(wanted).expanduser()
@@ -427,15 +460,120 @@ def find_source(wanted: str, name: str, root: Path, *, trust: bool = False) -> S
         return _verified(file.resolve(), _run_of(file.resolve()), trust)
     if file.suffix == ".ckpt" or len(file.parts) > 1:
         raise CheckpointError(f"{wanted}: no such file")
-    run = find_run(artifacts_folder(root), wanted, having=name)
-    candidates = [_LAST, _PREVIOUS] if name == _LAST else [name]
-    if not any(run.checkpoint(candidate).is_file() for candidate in candidates):
-        names = sorted(item.stem for item in run.checkpoints_folder.glob("[!.]*.ckpt"))
-        raise CheckpointError(
-            f"run {run.name} has no checkpoint {name!r}{did_you_mean(name, names)}",
-            f"it has: {', '.join(names) or 'none'}",
-        )
-    return _first_whole(run, candidates, trust)
+    return _Search(wanted, name, root, trust, experiment).found()
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for a checkpoint of a run, here and on ClearML; see `find_source`."""
+
+    wanted: str
+    name: str
+    root: Path
+    trust: bool
+    experiment: str | None
+
+    def found(self) -> Source:
+        """Return the checkpoint; errors are as in `find_source`."""
+        try:
+            run = find_run(artifacts_folder(self.root), self.wanted, having=self.name)
+        except CheckpointError as missing:
+            return self._elsewhere(missing)
+        self._check_experiment(run.name, run.record.experiment)
+        if is_id(self.wanted) or is_id(self.name):
+            return self._of_task(run)
+        return self._of_run(run)
+
+    def _check_experiment(self, run: str, experiment: str | None) -> None:
+        if self.experiment is not None and experiment not in (None, self.experiment):
+            raise CheckpointError(
+                f"run {run} is of the experiment {experiment}, and this is {self.experiment}",
+                "set weights_only to True to start from its weights",
+            )
+
+    def _of_run(self, run: Run) -> Source:
+        """Return the checkpoint in the folder of `run`."""
+        name = self._name_in(run)
+        candidates = [_LAST, _PREVIOUS] if name == _LAST else [name]
+        if not any(run.checkpoint(candidate).is_file() for candidate in candidates):
+            names = _names_in(run)
+            raise CheckpointError(
+                f"run {run.name} has no checkpoint {name!r}{did_you_mean(name, names)}",
+                f"it has: {', '.join(names) or 'none'}",
+            )
+        return _first_whole(run, candidates, self.trust)
+
+    def _name_in(self, run: Run) -> str:
+        """Return the checkpoint's name, which may be given by the id of its model."""
+        models = Progress.of(run.folder).models
+        return next((own for own, model in models.items() if model["id"] == self.name), self.name)
+
+    def _elsewhere(self, missing: CheckpointError) -> Source:
+        """Return the checkpoint of a run that the project has not; `missing` says so."""
+        server, why = access().server()
+        if server is None:
+            raise CheckpointError(f"{missing.message}; {why}", missing.hint)
+        return self._downloaded(server, find_remote(server, self.wanted, self.name))
+
+    def _downloaded(self, server: Server, remote: Remote, run: Run | None = None) -> Source:
+        self._check_experiment(remote.run, remote.experiment)
+        path, digest = fetched(server, remote, self.root)
+        return Source(path, run, digest, self.trust, remote)
+
+    def _of_task(self, run: Run) -> Source:
+        """Return the checkpoint of the task of `run`: the copy here, if it is the same."""
+        task = run.record.clearml_task_id
+        server, _ = access().server() if task else (None, "")
+        if server is None or task is None:
+            return self._of_run(run)
+        try:
+            remote = find_remote(server, task, self.name)
+            return self._same_here(run, remote) or self._downloaded(server, remote, run)
+        except CheckpointError as error:
+            with contextlib.suppress(CheckpointError):
+                found = self._of_run(run)
+                log.info("%s; the copy here is taken", error.message)
+                return found
+            raise
+
+    def _same_here(self, run: Run, remote: Remote) -> Source | None:
+        """Return the copy in the run's folder that is what the server has, or is newer."""
+        # `best` and `last` may be the same file.
+        for name in sorted(_names_in(run), key=lambda name: name != remote.name):
+            sidecar = run.sidecar(name) or {}
+            if remote.sha256 is not None and sidecar.get("sha256") == remote.sha256:
+                with contextlib.suppress(DamagedError):
+                    found = _verified(run.checkpoint(name), run, self.trust)
+                    return replace(found, remote=remote)
+            step = sidecar.get("step")
+            is_newer = isinstance(step, int) and remote.step is not None and step > remote.step
+            if name == remote.name and is_newer:
+                log.info("%s is newer here, at step %d, than on ClearML", remote, step)
+                return self._of_run(run)
+        return None
+
+
+def _names_in(run: Run) -> list[str]:
+    return sorted(item.stem for item in run.checkpoints_folder.glob("[!.]*.ckpt"))
+
+
+def note_child(source: Source, child: Run) -> None:
+    """Add a line to `derived_models.log` in the folder of the run that `child` goes on from.
+
+    It has, between tabs, the child's name, its folder, the time and the commit. Of a run that is
+    not here there is no folder; one that cannot be written to costs a warning.
+    """
+    if source.run is None:
+        return
+    log_file = source.run.folder / _CHILDREN
+    words = [child.name, str(child.folder), child.record.started, child.record.commit or "none"]
+    line = "\t".join(words) + "\n"
+    try:
+        if not log_file.is_file() or line not in log_file.read_text(encoding="utf-8"):
+            with log_file.open("a", encoding="utf-8") as file:
+                file.write(line)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", shown(log_file), error.strerror)
 
 
 def whole_checkpoint(run: Run, name: str) -> Source:

@@ -5,11 +5,13 @@ Every data set becomes MNIST's four IDX files in a folder of its own below `data
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch_lab.errors import UserError
+from torch_lab.errors import TorchLabError
+from torch_lab.remote_data import upload_dataset
 from torch_lab.runs import project_root
 
 __all__ = ["processed_folder", "run_as_script"]
@@ -20,11 +22,23 @@ def processed_folder(name: str) -> Path:
     return project_root() / "data" / "processed" / name
 
 
-def run_as_script(prepare: Callable[[], Path]) -> int:
-    """Prepare a data set, say where it is on stdout, and return an exit code."""
+def run_as_script(prepare: Callable[[], Path], words: Sequence[str] = ()) -> int:
+    """Prepare a data set, say where it is on stdout, and return an exit code.
+
+    Args:
+        prepare: Returns the folder of the data set.
+        words: Those of the command line. With `--upload` the data set goes to ClearML as well, and
+            the last line is the id of that version.
+    """
+    parser = argparse.ArgumentParser(description="Prepare a data set.")
+    parser.add_argument("--upload", action="store_true", help="upload it as a ClearML dataset, too")
+    upload = parser.parse_args(words).upload
     try:
-        print(prepare())
-    except UserError as error:
+        folder = prepare()
+        print(folder)
+        if upload:
+            print(upload_dataset(folder, folder.name, "example_project"))
+    except TorchLabError as error:
         hint = f"\n  {error.hint}" if error.hint else ""
         print(f"error: {error.message}{hint}", file=sys.stderr)
         return int(error.exit_code)

@@ -141,4 +141,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_as_script(prepare))
+    sys.exit(run_as_script(prepare, sys.argv[1:]))

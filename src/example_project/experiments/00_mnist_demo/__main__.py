@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from example_project.transforms import PredictedDigit, RandomAffine, Standardise
 from torch_lab.callbacks import CsvWriter
 from torch_lab.errors import HparamsError
 from torch_lab.modules import LabModule, TrainLabModule
+from torch_lab.remote_data import dataset_folder
 
 DATASETS = {"digits": digits.prepare, "mnist": mnist.prepare}
 MODELS = {"conv": ConvNet, "mlp": MLP}
@@ -35,7 +37,7 @@ MODELS = {"conv": ConvNet, "mlp": MLP}
 def train_config(hparams: dict[str, Any]) -> dict[str, Any]:
     """Return what is trained, and on what. `hparams` is the whole dictionary, defaults included."""
     config = hparams["config"]
-    folder = chosen(config, "dataset", DATASETS)()  # made or downloaded first, if need be
+    folder = data_folder(config)  # made, downloaded or fetched first, if need be
 
     # The fast path is the easy one: a plain DataLoader that fetches whole batches.
     loader = functools.partial(
@@ -75,7 +77,7 @@ def infer_config(hparams: dict[str, Any], run: str, output: str) -> dict[str, An
         output: The CSV file to write.
     """
     config = hparams["config"]
-    folder = chosen(config, "dataset", DATASETS)()
+    folder = data_folder(config)
     model = torch_lab.load_weights(chosen(config, "model", MODELS)(), run, name="best")
     held_out = digit_images(folder, "held_out", transform=Standardise())
     return {
@@ -83,6 +85,14 @@ def infer_config(hparams: dict[str, Any], run: str, output: str) -> dict[str, An
         "predict_dataloaders": DataLoader(held_out, batch_size=config["batch_size"]),
         "callbacks": [CsvWriter(Path(output)), PrintAccuracy()],
     }
+
+
+def data_folder(config: dict[str, Any]) -> Path:
+    """Return where the data is: a ClearML dataset if `dataset_id` names one, else `dataset`."""
+    if config.get("dataset_id"):
+        return dataset_folder(config["dataset_id"])
+    prepare: Callable[[], Path] = chosen(config, "dataset", DATASETS)
+    return prepare()
 
 
 def warm_cosine(optimizer: optim.Optimizer, n_steps: int) -> dict[str, Any]:

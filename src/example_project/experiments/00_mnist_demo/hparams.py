@@ -17,6 +17,7 @@ hparams = {
     },
     "config": {
         "dataset": "digits",  # or "mnist", which is downloaded
+        "dataset_id": None,  # or the id of a ClearML dataset, which is fetched instead
         "model": "conv",  # or "mlp", quicker but at 95 %
         "learning_rate": 3e-3,
         "weight_decay": 1e-2,
