@@ -31,14 +31,14 @@ demo: env ## Train the demo offline, then read held-out digits with it
 	$(BIN)/infer $(DEMO) 00_mnist_demo-hparams data/predictions.csv
 
 test: env ## Run the tests, without the long sweeps (ARGS="-k layers" for some)
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not real_clearml" $(ARGS)
 
 sweep: env ## Run the long sweeps: hundreds of kills and signals, about half an hour
 	$(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 coverage: env ## Run the same tests, and demand 95 % of the lines and branches of torch_lab
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/coverage run -m pytest -n $(JOBS) -m "not slow and not real_clearml" $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

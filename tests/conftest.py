@@ -24,9 +24,17 @@ from torch_lab.runs import Run
 from warm import Warm
 
 LONG = (
-    *("test_demo.py", "test_docs.py", "test_distributed.py", "test_exact.py", "test_jobs.py"),
+    *(
+        "test_demo.py",
+        "test_tracking.py",
+        "test_docs.py",
+        "test_distributed.py",
+        "test_exact.py",
+        "test_jobs.py",
+    ),
     *("test_robustness.py", "test_cli.py", "test_faults.py", "test_train.py", "test_verify.py"),
-    *("test_workers.py", "test_callbacks_progress.py", "test_checkpoint_files.py"),
+    *("test_queueing.py", "test_workers.py", "test_callbacks_progress.py"),
+    *("test_checkpoint_files.py", "test_remote.py", "test_remote_data.py"),
 )
 """Whose tests begin first: a long file at the end would leave the other cores idle."""
 CONFIG = '''
@@ -201,6 +209,22 @@ def no_workers_are_left() -> Iterator[None]:
     """End the DataLoader workers that a test has left."""
     yield
     end_workers()
+
+
+@pytest.fixture(autouse=True)
+def no_server_but_the_tests_own(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever runs the tests may have ClearML set up: no run of theirs shall go there.
+
+    Tests that are marked `real_clearml` are for that server.
+    """
+    if request.node.get_closest_marker("real_clearml"):
+        return
+    for name in list(os.environ):
+        if name.startswith(("CLEARML_", "TRAINS_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CLEARML_CONFIG_FILE", str(tmp_path / "none.conf"))
 
 
 @pytest.fixture(autouse=True)

@@ -273,7 +273,7 @@ def test_other_dev_runs_are_refused(lab: Lab, size: str) -> None:
 
 
 OPTIONS: dict[str, tuple[list[str], str]] = {
-    "unknown": (["--ofline"], "no such option '--ofline'. Did you mean '--offline'?"),
+    "unknown": (["--ofline"], "no such option '--ofline'. (Did you mean one of: '--offline'"),
     "jobs": (["--jobs", "0"], "'--jobs'"),
     "devices": (["--devices", "gpu"], "--devices gpu: expected indices of GPUs"),
     "dev run of several": (["--jobs", "2", "--dev-run", "1"], "--dev-run takes one path"),

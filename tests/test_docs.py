@@ -7,6 +7,7 @@ On each page, from top to bottom and in one copy of the project:
 * in a `console` block the lines that begin with `$ ` are run in a shell, one shell for a block, and
   must exit with 0, or with the code that a comment above the block says: `<!-- exit 2 -->`. What
   such a block shows below its command must be what the command said;
+* below `<!-- with a ClearML server -->` the commands find one, which is the page's own;
 * a block below `<!-- not run: the reason -->` is left alone.
 
 The copy holds a finished run of the demo, and its scripts train a tenth of the epochs. That run
@@ -23,13 +24,14 @@ import subprocess
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clearml_server import ClearMLServer
 from warm import Warm
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,7 @@ DEMO = f"train {EXPERIMENT}/hparams.py --offline"
 SHOWN_ONLY = {"text", "toml", "json", "csv", "yaml"}
 FENCE = re.compile(r"^ *(`{3,}|~{3,})(.*)$")
 NOT_RUN = re.compile(r"^<!-- not run: (\S.*) -->$")
+WITH_SERVER = "<!-- with a ClearML server -->"
 EXIT = re.compile(r"^<!-- exit (\d+) -->$")
 EPOCHS = re.compile(r'("max_epochs"(?::|\] =) )(\d+)')
 FILE = re.compile(r"^# ([\w./-]+\.(?:py|toml))$")
@@ -129,8 +132,19 @@ def project(finished_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             del sys.modules[name]
 
 
+@pytest.fixture
+def clearml(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Return the variables that lead to a ClearML server of the page's own."""
+    with ClearMLServer() as server:
+        yield server.environment(tmp_path)
+
+
 def run_in_shell(
-    commands: list[str], project: Path, expected: int = 0, scripts: Sequence[Path] = ()
+    commands: list[str],
+    project: Path,
+    expected: int = 0,
+    scripts: Sequence[Path] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> str:
     """Run `commands` in one shell, looking in `scripts` first; return all that they wrote."""
     folders = [*map(str, scripts), sysconfig.get_path("scripts"), os.environ["PATH"]]
@@ -139,6 +153,7 @@ def run_in_shell(
         "PATH": os.pathsep.join(folders),
         "PYTHONPATH": str(project / "src"),
         "OMP_NUM_THREADS": "1",
+        **(variables or {}),
     }
     result = subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", "\n".join(commands)],
@@ -157,11 +172,13 @@ def run_in_shell(
     return result.stdout
 
 
-def run_console(block: Block, project: Path, warm: Warm) -> None:
+def run_console(
+    block: Block, project: Path, warm: Warm, variables: Mapping[str, str] | None = None
+) -> None:
     commands = [command for command in block.commands if command != DEMO]  # It ran already.
     failure = EXIT.match(block.comment)
     expected = int(failure[1]) if failure else 0
-    said = run_in_shell(commands, project, expected, [warm.scripts])
+    said = run_in_shell(commands, project, expected, [warm.scripts], variables)
     if failure:
         shown = [line for line in block.text.splitlines() if not line.startswith("$ ")]
         assert [line for line in shown if line not in said] == [], said
@@ -191,7 +208,9 @@ def test_what_a_page_shows_works(
     monkeypatch.setitem(sys.modules, "page", module)  # Dataclasses look their module up.
     for block in blocks:
         if block.language == "console":
-            run_console(block, project, warm)
+            is_online = block.comment == WITH_SERVER
+            variables = request.getfixturevalue("clearml") if is_online else None
+            run_console(block, project, warm, variables)
         else:
             run_python(block, page, project, vars(module))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import clearml
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -174,6 +175,8 @@ class Look(pl.Callback):
             "item": item,
             "metric": BinaryAccuracy(),
             "DataLoader": DataLoader,
+            "Task": clearml.Task,
+            "task": clearml.Task,
         }
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         self.loops = checkpoint["loops"]["fit_loop"]

@@ -21,6 +21,7 @@ __all__ = [
     "infer_entry",
     "main",
     "runs",
+    "sync",
     "torch_lab",
     "torch_lab_entry",
     "trace",
@@ -80,6 +81,9 @@ _trust = click.option(
     "code in it, which can do anything that you can. A damaged one is refused all the same.",
 )
 _offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
+_online = click.option(
+    "--online", is_flag=True, help="Refuse to start (exit 5) without a ClearML server."
+)
 
 
 @click.command(cls=_Train, context_settings=_HELP)
@@ -92,6 +96,19 @@ _offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
     help="Overfit on N batches (an int; -1 is one), or on a fraction of them (0.5; 1.0 is all).",
 )
 @_offline
+@_online
+@click.option(
+    "--upload-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    help="How long the end may wait for what is still to be sent to ClearML. The default is 10.",
+)
+@click.option(
+    "--queue",
+    metavar="NAME",
+    help="Hand the runs to the ClearML agents of this queue, with the code that is on disk now.",
+)
 @_debug
 @click.option("--no-validate", is_flag=True, help="Skip the validation before fitting.")
 @click.option(
@@ -111,13 +128,21 @@ _offline = click.option("--offline", is_flag=True, help="Never touch ClearML.")
 )
 @click.option("--devices", metavar="I...", help="GPUs to deal out, one for each job: --devices 0 1")
 @_json
-def train(paths: tuple[Path, ...], jobs: int | None, devices: str | None, **options: Any) -> None:
+def train(
+    paths: tuple[Path, ...],
+    jobs: int | None,
+    devices: str | None,
+    queue: str | None,
+    **options: Any,
+) -> None:
     """Train the experiments of the hparams scripts at PATH..., one after another.
 
     Each run is recorded in a folder of its own, data/artifacts/EXPERIMENT-HPARAMS-vN.
     """
     with _failures(options["debug"]):
-        if len(paths) == 1 and jobs is None and devices is None:
+        if queue is not None:
+            _enqueue(paths, queue, {**options, "jobs": jobs, "devices": devices})
+        elif len(paths) == 1 and jobs is None and devices is None:
             _train_one(paths[0], options)
         else:
             _train_several(paths, jobs, devices, options)
@@ -131,6 +156,8 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
     dev_run = DevRun.parse(options["dev_run"]) if options["dev_run"] is not None else None
     if options["resume"] is not None and dev_run is not None:
         raise UserError("--dev-run and --resume contradict each other: a dev run leaves nothing")
+    if options["offline"] and options["online"]:
+        raise UserError("--offline and --online contradict each other")
     experiment = Experiment.load(path)
     from torch_lab.runner import train as train_experiment
 
@@ -143,7 +170,35 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
         resume=options["resume"] if options["resume"] is not None else False,
         must_be_exact=not options["not_exact"],
         trust_checkpoint=options["trust_checkpoint"],
+        tracking=_tracking(options),
+        upload_limit_s=options["upload_timeout"],
     )
+
+
+def _enqueue(paths: Sequence[Path], queue: str, options: Mapping[str, Any]) -> None:
+    for name in ("dev_run", "resume", "not_exact", "offline", "jobs", "devices"):
+        if options[name] not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')} and --queue contradict each other")
+    from torch_lab.queueing import enqueue
+
+    flags = ("online", "debug", "no_validate", "trust_checkpoint")
+    words = [f"--{flag.replace('_', '-')}" for flag in flags if options[flag]]
+    # The machine may be gone afterwards, so the end waits longer there.
+    source = click.get_current_context().get_parameter_source("upload_timeout")
+    is_given = source is click.core.ParameterSource.COMMANDLINE
+    words.append(f"--upload-timeout={options['upload_timeout'] if is_given else 300}")
+    for path in paths:
+        enqueue(
+            path,
+            queue,
+            words,
+            trust_checkpoint=options["trust_checkpoint"],
+            as_json=options["as_json"],
+        )
+
+
+def _tracking(options: Mapping[str, Any]) -> str:
+    return next((mode for mode in ("offline", "online") if options[mode]), "auto")
 
 
 def _train_several(
@@ -157,10 +212,11 @@ def _train_several(
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} takes one path, without --jobs and --devices")
     dealt = _devices(devices)
-    flags = ("offline", "no_validate", "as_json", "trust_checkpoint")
+    flags = ("offline", "online", "no_validate", "as_json", "trust_checkpoint")
+    words = [f"--{flag.removeprefix('as_').replace('_', '-')}" for flag in flags if options[flag]]
     outcomes = several.run_all(
         paths,
-        [f"--{flag.removeprefix('as_').replace('_', '-')}" for flag in flags if options[flag]],
+        [*words, f"--upload-timeout={options['upload_timeout']}"],
         jobs=jobs or len(dealt) or 1,
         devices=dealt,
     )
@@ -205,7 +261,12 @@ def infer(
 
         given = arguments[1:] if arguments[:1] == ("--",) else arguments
         infer_experiment(
-            experiment, *given, debug=debug, as_json=as_json, trust_checkpoint=trust_checkpoint
+            experiment,
+            *given,
+            debug=debug,
+            as_json=as_json,
+            trust_checkpoint=trust_checkpoint,
+            tracking="offline" if offline else "auto",
         )
 
 
@@ -238,6 +299,34 @@ def runs(name: str, as_json: bool) -> None:
             click.echo(json.dumps(rows))
         else:
             print_table(listing.TITLES, map(listing.listed_words, rows), sys.stdout)
+
+
+@torch_lab.command(context_settings=_HELP)
+@click.argument("names", metavar="[RUN]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All runs of the project.")
+@_json
+def sync(names: tuple[str, ...], everything: bool, as_json: bool) -> int:
+    """Send to ClearML what it has not got of each RUN, and read back that it has all.
+
+    A run without a task gets one, and so do the runs that it comes from. What was interrupted is
+    gone on with the next time; where nothing is missing, nothing is sent. Ends with 1 if anything
+    differs afterwards, and with 5 without a server.
+    """
+    with _failures(debug=False):
+        from torch_lab import sync as syncing
+        from torch_lab.console import print_table
+        from torch_lab.runs import artifacts_folder, project_root
+        from torch_lab.tracking import found_server
+
+        runs = syncing.to_sync(artifacts_folder(project_root()), names, everything=everything)
+        server = found_server()
+        found = [syncing.sync(run, server, lambda line: click.echo(line, err=True)) for run in runs]
+        if as_json:
+            click.echo(json.dumps([each.record() for each in found]))
+        else:
+            print_table(syncing.TITLES, [each.words() for each in found], sys.stdout)
+        is_equal = not any(each.differences for each in found)
+        return int(ExitCode.DONE if is_equal else ExitCode.CODE_FAILED)
 
 
 @torch_lab.command("verify-resume", context_settings=_HELP)
@@ -389,16 +478,22 @@ def main(command: click.Command, program: str, arguments: Sequence[str] | None =
     return code if isinstance(code, int) else int(ExitCode.DONE)
 
 
+def _leave(command: click.Command, program: str) -> NoReturn:
+    from torch_lab.processes import leave
+
+    leave(main(command, program))
+
+
 def train_entry() -> NoReturn:
     """Run `train` with the arguments of the process."""
-    sys.exit(main(train, "train"))
+    _leave(train, "train")
 
 
 def infer_entry() -> NoReturn:
     """Run `infer` with the arguments of the process."""
-    sys.exit(main(infer, "infer"))
+    _leave(infer, "infer")
 
 
 def torch_lab_entry() -> NoReturn:
     """Run `torch-lab` with the arguments of the process."""
-    sys.exit(main(torch_lab, "torch-lab"))
+    _leave(torch_lab, "torch-lab")

@@ -21,18 +21,29 @@ __all__ = ["closing_record", "closing_rows", "duration", "header_rows", "last_wo
 def header_rows(training: Training) -> Iterator[tuple[str, str]]:
     """Yield what is worth knowing before a run starts."""
     experiment, dev_run = training.experiment, training.options.dev_run
-    yield "run", f"{training.run.name}, offline"
+    yield "run", f"{training.run.name}, {_where(training)}"
     if dev_run is not None:
         yield "dev run", f"overfits on {dev_run}, writes no checkpoints"
     if len(experiment.layers) > 1:
         yield "layers", " > ".join(layer.path.name for layer in experiment.layers)
         differences = [str(difference) for difference in experiment.differences()]
         yield "differs", "\n".join(differences) or "in nothing from the base layer"
+    if training.options.edited:
+        yield "edited", "\n".join(training.options.edited)
     yield from _start_rows(training)
     yield "code", str(training.code)
     yield "device", _device(training)
     yield "stops", _stops(training)
     yield "folder", shown(training.run.folder)
+
+
+def _where(training: Training) -> str:
+    """Say where the run is to be seen, or why not and how it can be sent later."""
+    if training.tracking is not None:
+        return f"on ClearML: {training.tracking.page}"
+    if not training.why_offline:
+        return "offline"
+    return f"offline: {training.why_offline}; torch-lab sync {training.run.name} sends it later"
 
 
 def _start_rows(training: Training) -> Iterator[tuple[str, str]]:

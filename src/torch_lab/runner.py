@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,31 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 
 from torch_lab.callbacks import PredictionWriter
 from torch_lab.checkpoints import source_of
-from torch_lab.console import Console, raised_in_lightning, rendered
+from torch_lab.console import Console, place_of, raised_in_lightning, rendered
 from torch_lab.errors import (
     ComponentsError,
     DeviceMemoryError,
     Interrupted,
     LoaderError,
+    TorchLabError,
     UserError,
+    listed,
 )
 from torch_lab.experiment import Experiment
 from torch_lab.hparams import DevRun, Hparams
 from torch_lab.loaders import Loaders
+from torch_lab.queued import AgentTask
+from torch_lab.remote import asking
 from torch_lab.report import closing_record, closing_rows, header_rows, last_words
-from torch_lab.runs import Run, artifacts_folder, find_run, latest_unfinished, plain_name, runs_of
+from torch_lab.runs import (
+    Run,
+    artifacts_folder,
+    find_run,
+    latest_unfinished,
+    plain_name,
+    runs_of,
+    untracked_files,
+)
 from torch_lab.samplers import Position
 from torch_lab.signals import StopRequest, stopping_on_signals
 from torch_lab.training import (
@@ -44,6 +56,7 @@ from torch_lab.training import (
     leave_process_group,
     prepared,
 )
+from torch_lab.untracked import keep_untracked
 from torch_lab.utils import process_rank, shown
 from torch_lab.weights import load_source, loaded_from
 from torch_lab.workers import explained
@@ -66,6 +79,8 @@ def train(
     resume: str | bool = False,
     must_be_exact: bool = True,
     trust_checkpoint: bool = False,
+    tracking: str = "auto",
+    upload_limit_s: float = 10.0,
 ) -> Run:
     """Train the experiment of the hparams script at `path`, and return its run.
 
@@ -79,11 +94,13 @@ def train(
         as_json: Print the closing record as one line of JSON instead of a table.
         resume: Go on with an interrupted run: its name, or True for the newest of this script.
         must_be_exact: Refuse to go on where the end would not be the same to the bit.
-        trust_checkpoint: Read checkpoints that hold more than tensors and plain values; such a
-            file can run any code.
+        trust_checkpoint: Read checkpoints that hold code, which can do anything that you can.
+        tracking: `auto` for a task on ClearML if it is there, `online` to insist, or `offline`.
+        upload_limit_s: How long the end may wait for what is still to be sent, in seconds.
 
     Raises:
         UserError: A script, the hparams or the components are wrong; nothing was created.
+        TrackingError: ClearML is insisted on, and not to be had; nothing was created.
         DamagedError: There is no whole checkpoint to go on from.
         NotWrittenError: Several checkpoints in a row could not be written.
         NonFiniteError: The loss became NaN or infinite.
@@ -91,16 +108,27 @@ def train(
     """
     if resume is not False and dev_run is not None:
         raise UserError("--dev-run and --resume contradict each other: a dev run leaves nothing")
-    experiment = _loaded(path)
-    options = Options(
-        dev_run=DevRun.parse(dev_run) if isinstance(dev_run, (str, int, float)) else dev_run,
-        debug=debug,
-        validate=validate,
-        resume=_to_resume(experiment, resume),
-        must_be_exact=must_be_exact,
-        trust=trust_checkpoint,
-    )
-    return train_with(experiment, options, as_json=as_json)
+    task = AgentTask.of_process() if tracking != "offline" and dev_run is None else None
+    with task.told_of_failures() if task else contextlib.nullcontext():
+        experiment, edited, resume = _as_queued(task, _loaded(path), resume)
+        options = Options(
+            DevRun.parse(dev_run) if isinstance(dev_run, (str, int, float)) else dev_run,
+            *(debug, validate, _to_resume(experiment, resume), must_be_exact, trust_checkpoint),
+            tracking=tracking,
+            upload_limit_s=upload_limit_s,
+            edited=edited,
+        )
+        return train_with(experiment, options, as_json=as_json)
+
+
+def _as_queued(
+    task: AgentTask | None, experiment: Experiment, resume: str | bool
+) -> tuple[Experiment, list[str], str | bool]:
+    """Return the experiment as a queued task has it, what was edited there, and what to resume."""
+    if task is None:
+        return experiment, [], resume
+    experiment, edited = task.edited(experiment)
+    return experiment, edited, resume or task.run_to_resume(experiment) or _RESUMED in os.environ
 
 
 def train_with(experiment: Experiment, options: Options, *, as_json: bool = False) -> Run:
@@ -116,15 +144,35 @@ def train_with(experiment: Experiment, options: Options, *, as_json: bool = Fals
             _show_end(console, options.resume, as_json=as_json)
             return options.resume
         training = prepared(experiment, options, stop)
-        with contextlib.nullcontext() if follows else _recorded(training, console, stop):
-            stop.last_words = functools.partial(last_words, training.run)
-            console.header(header_rows(training))
-            training.validate_before()
-            training.fit()
-            training.test_after()
-            leave_process_group()
-        _show_end(console, training.run, as_json=as_json)
+        with _sent(training, console):
+            with contextlib.nullcontext() if follows else _recorded(training, console, stop):
+                stop.last_words = functools.partial(last_words, training.run)
+                console.header(header_rows(training))
+                training.validate_before()
+                training.fit()
+                training.test_after()
+                leave_process_group()
+            _show_end(console, training.run, as_json=as_json)
     return training.run
+
+
+@contextlib.contextmanager
+def _sent(training: Training, console: Console) -> Iterator[None]:
+    """Send what the run logged and wrote to its task, for as long as that may take at the end."""
+    try:
+        yield
+    finally:
+        tracking, run = training.tracking, training.run
+        if tracking is not None and not run.folder.is_dir():
+            tracking.discard()
+        elif tracking is not None:
+            complete = False
+            # Whoever interrupts this does not want to wait.
+            with contextlib.suppress(Interrupted):
+                complete = tracking.end(training.options.upload_limit_s, console.progress)
+            console.progress("")
+            if not complete:
+                log.warning("ClearML has not got all: torch-lab sync %s sends the rest", run.name)
 
 
 @contextlib.contextmanager
@@ -216,6 +264,7 @@ def infer(
     return_predictions: bool = False,
     as_json: bool = False,
     trust_checkpoint: bool = False,
+    tracking: str = "auto",
 ) -> Inference:
     """Predict with the experiment of the hparams script at `path`.
 
@@ -227,6 +276,8 @@ def infer(
         as_json: Print what was written as one line of JSON instead of a table.
         trust_checkpoint: Read a checkpoint that holds more than tensors and plain values; such a
             file can run any code.
+        tracking: `auto` to ask a ClearML server, if there is one, for checkpoints and datasets that
+            are not here; `offline` to touch nothing of ClearML.
 
     Raises:
         UserError: A script, the hparams, the arguments or the components are wrong.
@@ -236,28 +287,35 @@ def infer(
     with (
         Console(quiet=follows, debug=debug, as_json=as_json) as console,
         stopping_on_signals(quiet=follows),
+        asking(tracking),
     ):
         experiment = _loaded(path)
-        words = [str(word) for word in arguments]
         hparams = experiment.hparams.for_debug() if debug else experiment.hparams
         pl.seed_everything(hparams.seed, workers=True, verbose=False)
-        components = experiment.infer_components(words)
+        components = experiment.infer_components([str(word) for word in arguments])
         loaders = Loaders(Position(hparams.seed), debug=debug, timeout=hparams.loader_timeout)
         predicted = loaders.prepare(components.predict_dataloaders, "predict")
         weights = _weights_for(components.module, hparams, trust=trust_checkpoint)
         console.header([("infer", shown(experiment.script)), ("weights", weights)])
-        callbacks = [*components.callbacks, *given_callbacks(hparams)]
-        writers = [each for each in callbacks if isinstance(each, BasePredictionWriter)]
-        trainer = build_trainer(hparams, callbacks, experiment.root)
         how = {"return_predictions": return_predictions, **hparams.trainer.predict}
-        if not how["return_predictions"] and not writers:
-            log.warning("no prediction writer is among the callbacks: predictions will be lost")
+        callbacks = [*components.callbacks, *given_callbacks(hparams)]
+        trainer = build_trainer(hparams, callbacks, experiment.root)
+        files = _written_by(callbacks, how)
         with _known_failures_as_ours(experiment, loaders):
             predictions = trainer.predict(components.module, predicted, **how)
             leave_process_group()
-        files = tuple(each.path for each in writers if isinstance(each, PredictionWriter))
-        _show_files(console, files, as_json=as_json)
-    return Inference(files, predictions if how["return_predictions"] else None)
+        _show_files(console, files(), as_json=as_json)
+    return Inference(files(), predictions if how["return_predictions"] else None)
+
+
+def _written_by(
+    callbacks: Sequence[pl.Callback], how: Mapping[str, Any]
+) -> Callable[[], tuple[Path, ...]]:
+    """Return what tells afterwards which files were written; warn if nothing is to be kept."""
+    writers = [each for each in callbacks if isinstance(each, BasePredictionWriter)]
+    if not how["return_predictions"] and not writers:
+        log.warning("no prediction writer is among the callbacks: predictions will be lost")
+    return lambda: tuple(each.path for each in writers if isinstance(each, PredictionWriter))
 
 
 def _show_files(console: Console, files: Sequence[Path], *, as_json: bool) -> None:
@@ -294,6 +352,7 @@ def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterat
         console.attach(run.console_log)
         with _known_failures_as_ours(experiment, training.loaders):
             run.write_sources(experiment.root, experiment.scripts, training.code.changes)
+            _keep_untracked(training)
             yield
     except BaseException as raised:
         if not training.has_folder:
@@ -323,6 +382,18 @@ def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterat
         training.logger.close()
 
 
+def _keep_untracked(training: Training) -> None:
+    """Keep the project's files that no commit and no patch has."""
+    root = training.experiment.root
+    target = training.run.folder / "untracked.zip"
+    left_out = keep_untracked(root, untracked_files(root, training.code), target)
+    if left_out:
+        log.warning(
+            "not kept with the run, as they are not in git and large, or secret: %s",
+            listed(left_out, 5),
+        )
+
+
 def _interruption(error: BaseException, stop: StopRequest) -> Interrupted | None:
     """Return the interruption that `error` came after: Lightning may fail while it clears up."""
     if isinstance(error, LoaderError) and stop.signum is not None:
@@ -338,7 +409,9 @@ def _reason(error: BaseException) -> str:
     """Return what went wrong in a line; the message of a worker's error is a whole traceback."""
     lines = str(error).strip().splitlines()
     first_and_last = dict.fromkeys([*lines[:1], *lines[-1:]])
-    return f"{type(error).__name__}: {' … '.join(line.strip() for line in first_and_last)}"
+    told = f"{type(error).__name__}: {' … '.join(line.strip() for line in first_and_last)}"
+    place = None if isinstance(error, (TorchLabError, Interrupted)) else place_of(error)
+    return f"{told} ({place})" if place else told
 
 
 @contextlib.contextmanager

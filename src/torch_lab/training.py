@@ -27,10 +27,25 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from torch_lab import errors
 from torch_lab.callbacks import EpochProgress, MetricPlots, NanMonitor
-from torch_lab.checkpoints import AtomicCheckpointIO, Source, resumable, source_of, whole_checkpoint
+from torch_lab.checkpoints import (
+    AtomicCheckpointIO,
+    Source,
+    note_child,
+    resumable,
+    source_of,
+    whole_checkpoint,
+)
 from torch_lab.components import TrainComponents
 from torch_lab.console import Console, is_open
-from torch_lab.errors import CheckpointError, HparamsError, TorchLabError, UserError, did_you_mean
+from torch_lab.errors import (
+    CheckpointError,
+    HparamsError,
+    ServerError,
+    TorchLabError,
+    TrackingError,
+    UserError,
+    did_you_mean,
+)
 from torch_lab.exact import STATE, ExactResume, changed_conditions
 from torch_lab.experiment import Experiment
 from torch_lab.files import written_whole
@@ -39,10 +54,13 @@ from torch_lab.loaders import Loaders
 from torch_lab.modules import TrainLabModule
 from torch_lab.recording import MetricsLogger, cut_back
 from torch_lab.redaction import masked
+from torch_lab.remote import Access, asking
 from torch_lab.runs import CodeState, Run, artifacts_folder, code_state, encoded
 from torch_lab.samplers import Position
 from torch_lab.saving import CheckpointWriter
+from torch_lab.server import Server
 from torch_lab.signals import StopRequest
+from torch_lab.tracking import Tracking, connected, opened, versions_taken
 from torch_lab.utils import flattened, process_rank, shown
 from torch_lab.weights import check_fits, load_source
 
@@ -83,6 +101,12 @@ class Options:
     """More of them, such as those that record a run to compare it with another."""
     artifacts: Path | None = None
     """Where the run's folder is made; the project's artifacts folder if not given."""
+    tracking: str = "offline"
+    """`auto` for a task on ClearML if there is a server, `online` to insist on it, `offline`."""
+    upload_limit_s: float = 10.0
+    """How long the end may wait for what is still to be sent, in seconds."""
+    edited: Sequence[str] = ()
+    """What was edited of the hparams on the server, before an agent got the run."""
 
 
 @dataclass
@@ -99,6 +123,11 @@ class Training:
     loaders: Loaders
     options: Options
     start: Start
+    server: Server | None = None
+    """Where the run is tracked; None for nowhere."""
+    why_offline: str = ""
+    """Why it is not, if it was to be."""
+    tracking: Tracking | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     _is_reopened: bool = False
 
@@ -115,8 +144,36 @@ class Training:
     def reserve(self) -> None:
         """Take the run's folder: a new one, or that of the run that goes on."""
         if self.options.resume is None:
-            self.run.reserve()
-            return
+            self.run.reserve(self._highest_elsewhere())
+        else:
+            self._reopen()
+        if self.server is not None:
+            self._open_task(self.server)
+
+    def _highest_elsewhere(self) -> int:
+        """Return the highest version that the server knows of the run's name."""
+        if self.server is None:
+            return 0
+        try:
+            return versions_taken(self.server, self.run)
+        except ServerError as error:
+            self._go_offline(error.message)
+            return 0
+
+    def _open_task(self, server: Server) -> None:
+        try:
+            self.tracking = opened(server, self.run)
+        except TrackingError as error:
+            self._go_offline(error.message)
+        else:
+            self.tracking.begin()
+
+    def _go_offline(self, why: str) -> None:
+        if self.options.tracking == "online":
+            raise TrackingError(why)
+        self.server, self.why_offline = None, why
+
+    def _reopen(self) -> None:
         changed = changed_hparams(self.run, self.hparams)
         self.run.reopen(self.start.step if self.goes_on else None, changed)
         self._is_reopened = True
@@ -150,10 +207,17 @@ class Training:
             "train_dataloaders": components.train_dataloaders,
             "val_dataloaders": components.val_dataloaders,
         }
+        self._tell_parent()
         # Again, so that the baseline validation changes nothing in what follows.
         self._seed()
         self.trainer.fit(components.module, **data, **self.start.arguments)
         self.keep_metrics()
+
+    def _tell_parent(self) -> None:
+        """Note the run in the folder of the one that it goes on from."""
+        is_child = self.source is not None and not _is_own(self.source, self.options.resume)
+        if self.source and is_child and process_rank() == 0 and not self.options.dev_run:
+            note_child(self.source, self.run)
 
     def test_after(self) -> None:
         """Test the best weights, or the last where there is no best, if there is data."""
@@ -255,12 +319,13 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     experiment = replace(experiment, hparams=hparams)
     # Before the components are built: it decides on the weights that they start with.
     pl.seed_everything(hparams.seed, workers=True, verbose=False)
-    components = experiment.train_components()
+    with asking(options.tracking) as access:
+        components = experiment.train_components()
+        source = _source(hparams, options)
     position = Position(hparams.seed)
     components, loaders = _with_loaders(components, hparams, position, debug=options.debug)
-    source = _source(hparams, options)
     code = code_state(experiment.root)
-    run = options.resume or _planned(experiment, code, source, options)
+    run = options.resume or _planned(experiment, code, source, options, access)
     logger = MetricsLogger(run)
     continues = _is_own(source, options.resume)
     refuses = continues and options.must_be_exact
@@ -277,10 +342,13 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     )
     _check_rank(trainer, hparams)
     start = _start(components.module, source, hparams, options, exact.conditions(trainer))
-    return Training(
+    training = Training(
         *(experiment, components, source, code, run, logger, trainer, loaders, options, start),
         metrics=dict(start.metrics),
     )
+    if process_rank() == 0 and not options.dev_run:
+        training.server, training.why_offline = connected(options.tracking)
+    return training
 
 
 def _source(hparams: Hparams, options: Options) -> Source | None:
@@ -292,7 +360,7 @@ def _source(hparams: Hparams, options: Options) -> Source | None:
             "run %s has written no checkpoint yet: it begins again from its start",
             options.resume.name,
         )
-    return source_of(hparams, trust=options.trust)
+    return source_of(hparams, trust=options.trust, in_full=not hparams.checkpoint.weights_only)
 
 
 def _check_rank(trainer: pl.Trainer, hparams: Hparams) -> None:
@@ -380,7 +448,11 @@ def _with_loaders(
 
 
 def _planned(
-    experiment: Experiment, code: CodeState, source: Source | None, options: Options
+    experiment: Experiment,
+    code: CodeState,
+    source: Source | None,
+    options: Options,
+    access: Access,
 ) -> Run:
     return Run.plan(
         options.artifacts or artifacts_folder(experiment.root),
@@ -392,7 +464,9 @@ def _planned(
         commit=code.commit,
         branch=code.branch,
         changed=bool(code.changes),
+        repository=code.repository,
         parent=source.parent() if source else None,
+        datasets=access.datasets,
     )
 
 
