@@ -299,7 +299,10 @@ class Stubborn(pl.Callback):
 
 @pytest.mark.parametrize(
     ("step", "stands"),
-    [(2, "no checkpoint was written"), (6, "last.ckpt stands: epoch 1, step 4")],
+    [
+        pytest.param(2, "no checkpoint was written", marks=pytest.mark.slow),
+        (6, "last.ckpt stands: epoch 1, step 4"),
+    ],
 )
 def test_a_second_signal_says_what_stands(lab: Lab, step: int, stands: str) -> None:
     """And its end counts: what went by until the run was resumed was no training."""

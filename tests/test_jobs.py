@@ -86,6 +86,7 @@ def test_several_paths_run_in_the_order_given(lab: Lab) -> None:
     assert [run.name for run in lab.runs] == ["00_toy-a-v1", "00_toy-b-v1"]
 
 
+@pytest.mark.slow
 def test_the_table_names_runs_that_did_not_complete(lab: Lab) -> None:
     """Those that failed and those that were killed; it says which is which."""
     late, killed = paths(lab, "late", "killed")

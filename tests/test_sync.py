@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch_lab.mirror import Progress, split_tag
 from torch_lab.runs import Run
 from torch_lab.server import Address, Server, file_url
 from torch_lab.sync import Synced, sync, to_sync
+from torch_lab.untracked import keep_untracked
 
 EPOCHS = {"trainer": {"init": {"max_epochs": 2, "log_every_n_steps": 1}}}
 
@@ -80,12 +82,13 @@ def test_the_server_agrees_with_the_folder_and_stays_so(
 ) -> None:
     """All of a run is on its task afterwards; the second time there is nothing to send."""
     run = trained(
-        lab, {"task": {"project_name": "toys/signs", "tags": ["toy"]}, "config": {"lr": 0.5}}
+        lab, {"task": {"project_name": "toys/signs", "tags": ("toy",)}, "config": {"lr": 0.5}}
     )
     first = synced(run, server)
     assert first.differences == []
     task = clearml.state.tasks[first.task]
     assert (task["name"], task["status"], task["tags"]) == (run.name, "completed", ["toy"])
+    assert first.sent.scalars == first.scalars
     assert task["hyperparams"]["hparams"]["config/lr"]["value"] == "0.5"
     assert task["hyperparams"]["run"]["seed"]["value"] == str(run.record.seed)
     typed = json.loads(task["configuration"]["hparams"]["value"])
@@ -157,6 +160,79 @@ def test_what_was_sent_but_not_noted_is_there_once(
     assert (found.task, found.differences) == (task, [])
     assert console(clearml, task) == run.console_log.read_text()
     assert len(clearml.state.models) == 2
+
+
+def test_what_is_lost_there_is_sent_again(lab: Lab, clearml: ClearMLServer, server: Server) -> None:
+    """Whatever the notes say: a point, a value, the file of a model."""
+    run = trained(lab)
+    task = synced(run, server).task
+    events = clearml.state.events[task].scalars
+    lost, changed, *_ = events
+    del events[lost]
+    events[changed]["value"] = 7.0
+    for path in [path for path in clearml.state.files if "/models/" in path]:
+        del clearml.state.files[path]
+    found = synced(run, server)
+    assert (found.task, found.differences) == (task, [])
+    last = run.sidecar("last")
+    assert last is not None and found.models["last"] == last["sha256"]
+    # What the user has reported with the SDK is theirs.
+    server.add_events(
+        [
+            {
+                "type": "training_stats_scalar",
+                "task": task,
+                "iter": 1,
+                "metric": "own",
+                "variant": "a",
+                "value": 1.0,
+                "timestamp": 1,
+            }
+        ]
+    )
+    assert synced(run, server).differences == []
+    # A checkpoint that is damaged here stays there as it was.
+    run.checkpoint("last").write_bytes(b"damaged")
+    assert synced(run, server).models["last"] == last["sha256"]
+
+
+def test_all_forms_of_scalars_are_sent(lab: Lab, clearml: ClearMLServer, server: Server) -> None:
+    """Those beside a large image, and several in one call, which lie in folders of their own."""
+    main = CONFIG.replace('"module": module', '"callbacks": [Own()], "module": module')
+    lab.write(
+        "__main__.py",
+        main
+        + """
+import pytorch_lightning as pl
+class Own(pl.Callback):
+    def on_train_end(self, trainer, module):
+        writer = trainer.logger.experiment
+        writer.add_image("noise", torch.rand(3, 2000, 2000), 1)
+        writer.add_scalars("both", {"a": 1.0, "b": 2.0}, 1)
+        writer.add_scalar("after", 3.0, 1)
+""",
+    )
+    found = synced(trained(lab), server)
+    assert found.differences == []
+    series = there(clearml, found.task)
+    assert [series[name] for name in ("both/both_a", "both/both_b", "after/after")] == [
+        {1: 1.0},
+        {1: 2.0},
+        {1: 3.0},
+    ]
+
+
+def test_a_parent_that_is_synced_later_is_told(
+    lab: Lab, clearml: ClearMLServer, server: Server
+) -> None:
+    """The child's task was there before that of its parent."""
+    parent = trained(lab)
+    child = trained(
+        lab, {"checkpoint": {"checkpoint_task_id": parent.name, "weights_only": True}}, "more"
+    )
+    tasks = [synced(run, server).task for run in (child, parent, child)]
+    assert tasks[0] == tasks[2]
+    assert clearml.state.tasks[tasks[0]]["parent"] == tasks[1]
 
 
 def test_a_server_that_forgot_gets_all_again(
@@ -256,6 +332,19 @@ def test_no_secret_leaves_the_machine(lab: Lab, clearml: ClearMLServer, server: 
         secret.encode() not in path.read_bytes() for path in run.folder.rglob("*") if path.is_file()
     )
     assert found.differences == []
+
+
+def test_texts_that_git_does_not_have_are_masked(tmp_path: Path) -> None:
+    """Under any name; files of secrets are left out, and those that cannot be read."""
+    for name in ("conf.yaml", "creds.json", "run.sh", "note.txt"):
+        (tmp_path / name).write_text('{"wandb_api_key": "s3cr3t-v4lue"}\n')
+    (tmp_path / "prod.env").write_text("KEY=s3cr3t-v4lue\n")
+    names = ["conf.yaml", "creds.json", "run.sh", "note.txt", "prod.env", "gone.txt"]
+    target = tmp_path / "kept.zip"
+    assert keep_untracked(tmp_path, names, target) == ["prod.env"]
+    with zipfile.ZipFile(target) as archive:
+        assert len(archive.namelist()) == 4
+        assert all(b"s3cr3t" not in archive.read(name) for name in archive.namelist())
 
 
 def test_a_run_that_is_trained_now_is_left_alone(lab: Lab, server: Server) -> None:

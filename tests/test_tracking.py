@@ -296,6 +296,7 @@ def test_a_server_that_forgets_everything(online: Online) -> None:
     online.check_whole(online.lab.run())
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back(online: Online) -> None:
     """Nothing is missing at the end, and sync has nothing to send."""
 
@@ -353,6 +354,24 @@ def test_sigterm_with_an_open_task(online: Online) -> None:
     assert online.train().code == 0
     unbroken = online.lab.runs[-1]
     assert scalars(unbroken) == scalars(run) and unbroken.metrics == run.metrics
+
+
+def test_a_run_begun_offline_goes_on_with_a_task(online: Online) -> None:
+    """Under its own name, though another machine has a task of that name."""
+    with online.start("train", online.lab.path, "--offline", GATE=str(online.gate)) as process:
+        online.wait_for(online.gate.with_suffix(".reached").exists)
+        process.send_signal(signal.SIGTERM)
+        online.gate.touch()
+        process.communicate(timeout=60)
+    run = online.lab.run()
+    other = online.lab.root / "other"
+    assert online.run("train", online.lab.path, TORCH_LAB_ROOT=str(other)).code == 0
+    assert online.task()["name"] == run.name
+    result = online.train("--resume")
+    assert result.code == 0, result.err
+    run = online.lab.run()
+    assert len(online.server.state.tasks) == 2
+    online.check_whole(run)
 
 
 def test_an_abort_from_the_web_saves_a_checkpoint(online: Online) -> None:

@@ -27,8 +27,6 @@ class Point(NamedTuple):
     value: float
     time_ms: int
     """Since 1970."""
-    end: int
-    """Where its record ends in the file."""
 
 
 def event_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -38,14 +36,26 @@ def event_files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(folder).as_posix(), path
 
 
-def points_in(path: Path, start: int = 0) -> tuple[list[Point], int]:
+def points_in(folder: Path, name: str, start: int = 0) -> tuple[list[Point], int]:
     """Return the scalars in an event file from the byte `start` on, and where reading ended.
 
     A record that is being written is left for the next time.
+
+    Args:
+        folder: The metrics folder of a run.
+        name: The path of the file in it. What `add_scalars` has written to a folder below gets
+            that folder's name behind its own.
+        start: Where a record begins.
     """
-    with path.open("rb") as file:
+    below = Path(name).parent.as_posix()
+    series = "" if below == "." else f"/{below}"
+    with (folder / name).open("rb") as file:
         file.seek(start)
-        data = memoryview(file.read(_MOST_BYTES))
+        data = file.read(_MOST_BYTES)
+        if len(data) >= _HEADER.size:
+            # An image may be larger.
+            length, _ = _HEADER.unpack_from(data)
+            data += file.read(max(0, _HEADER.size + length + _FOOTER - len(data)))
     points: list[Point] = []
     at = 0
     while at + _HEADER.size <= len(data):
@@ -54,16 +64,16 @@ def points_in(path: Path, start: int = 0) -> tuple[list[Point], int]:
         if end > len(data):
             break
         try:
-            event = Event.FromString(bytes(data[at + _HEADER.size : end - _FOOTER]))
+            event = Event.FromString(data[at + _HEADER.size : end - _FOOTER])
         except DecodeError:
             break
-        points += _scalars(event, start + end)
+        points += _scalars(event, series)
         at = end
     return points, start + at
 
 
-def _scalars(event: Any, end: int) -> Iterator[Point]:
+def _scalars(event: Any, series: str) -> Iterator[Point]:
     time_ms = int(event.wall_time * 1000)
     for value in event.summary.value:
         if value.HasField("simple_value"):
-            yield Point(value.tag, event.step, value.simple_value, time_ms, end)
+            yield Point(f"{value.tag}{series}", event.step, value.simple_value, time_ms)

@@ -73,7 +73,12 @@ class Progress:
     def save(self, folder: Path) -> None:
         """Note it in a run's folder."""
         with written_whole(folder / _FILE) as file:
-            file.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+            # Copies, as another thread may add to them.
+            values = {
+                key: dict(value) if isinstance(value, dict) else value
+                for key, value in vars(self).items()
+            }
+            file.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 @dataclass
@@ -124,6 +129,19 @@ class Mirror:
         with self._lock, contextlib.suppress(OSError):
             self.progress.save(self.run.folder)
 
+    def start_over(self, models: Mapping[str, str]) -> None:
+        """Take nothing that was logged for sent, and of the checkpoints only what is there.
+
+        Args:
+            models: The sha256 of each on the server.
+        """
+        self.progress.files.clear()
+        self.progress.plots.clear()
+        for name, model in self.progress.models.items():
+            if models.get(name) != model["sha256"]:
+                model["sha256"] = ""
+        self.save()
+
     # What is logged.
 
     def send_logged(self) -> bool:
@@ -149,11 +167,13 @@ class Mirror:
                 start = self.progress.files.get(name, 0)
                 # Who goes on with a run cuts the files back.
                 start = min(start, path.stat().st_size)
-                points, end = points_in(path, start)
+                points, end = points_in(self.run.metrics_folder, name, start)
                 if end == start:
                     break
-                for first in range(0, len(points), _EVENTS_AT_ONCE):
-                    self._send_points(points[first : first + _EVENTS_AT_ONCE])
+                # Of the same step twice, such as the epoch's number, the server keeps the last.
+                each = list({(point.tag, point.step): point for point in points}.values())
+                for first in range(0, len(each), _EVENTS_AT_ONCE):
+                    self._send_points(each[first : first + _EVENTS_AT_ONCE])
                 self.progress.files[name] = end
 
     def _send_points(self, points: list[Point]) -> None:
@@ -203,6 +223,8 @@ class Mirror:
 
     def _send_console(self) -> None:
         if self.on_agent:
+            with contextlib.suppress(OSError):  # The agent sends it; a later sync must not again.
+                self.progress.console = self.run.console_log.stat().st_size
             return
         self._find_console()
         try:
@@ -246,7 +268,8 @@ class Mirror:
             if self.progress.plots.get(path.name) == digest:
                 continue
             url = self._url("plots", f"{path.stem}.{digest[:8]}.png")
-            self._upload_verified(path, digest, url)
+            if not self._was_uploaded(path, digest, url):
+                continue
             self.server.add_events([self._plot(path, url)])
             self.progress.plots[path.name] = digest
             self.sent.plots += 1
@@ -278,17 +301,19 @@ class Mirror:
         Raises:
             ServerError: A server does not answer, or refuses.
         """
+        if not self.run.checkpoints_folder.is_dir():  # Of a disk that is away nothing is known.
+            return False
         server = server or self.server
-        names = {path.stem for path in self.run.checkpoints_folder.glob("[!.]*.ckpt")}
+        names = self.run.checkpoint_names()
         changed = False
         for name in sorted(names - {"previous"}, key=lambda name: (name != "best", name)):
             changed |= self._send_checkpoint(server, name)
         for name in set(self.progress.models) - names:
-            model = self.progress.models[name]
+            model = self.progress.models.pop(name)
             with contextlib.suppress(ServerError):  # Somebody may have removed it already.
                 server.call("models.delete", model=model["id"], force=True)
-            server.remove(model["uri"])
-            del self.progress.models[name]
+            if not self._is_used(model["uri"]):
+                server.remove(model["uri"])
             changed = True
         if changed:
             self.save()
@@ -345,14 +370,17 @@ class Mirror:
         self._upload(server, self.run.checkpoint(name), digest, url)
         return url
 
-    def _upload_verified(self, path: Path, digest: str, url: str) -> None:
-        with contextlib.suppress(_ReplacedError):
+    def _was_uploaded(self, path: Path, digest: str, url: str) -> bool:
+        """Upload a file, and return whether it is still what it was."""
+        try:
             self._upload(self.server, path, digest, url)
+        except (_ReplacedError, FileNotFoundError):
+            return False
+        return True
 
     def _upload(self, server: Server, path: Path, digest: str, url: str) -> None:
         # What is open stays as it is, also when a newer one takes its name.
         with path.open("rb") as file:
-            size = path.stat().st_size
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise _ReplacedError
             size = file.tell()
@@ -409,7 +437,7 @@ class Mirror:
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         changed = self.progress.described != digest
         if changed:
-            self.server.call("tasks.edit", task=self.task, force=True, **record)
+            self._tell(record)
             if not self._has_queued_code():
                 script = script_of(self.run)
                 self.server.call("tasks.edit", task=self.task, force=True, script=script)
@@ -423,6 +451,29 @@ class Mirror:
         task = self.server.call("tasks.get_by_id", task=self.task)["task"]
         return MARK in str((task.get("script") or {}).get("diff") or "")
 
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        """Set what is ours of a task, and leave what the user's code has connected to it."""
+        of_task = {"task": self.task, "force": True}
+        parameters = [each for part in record["hyperparams"].values() for each in part.values()]
+        self.server.call(
+            "tasks.edit_hyper_params",
+            **of_task,
+            hyperparams=parameters,
+            replace_hyperparams="section",
+        )
+        objects = list(record["configuration"].values())
+        self.server.call("tasks.edit_configuration", **of_task, configuration=objects)
+        self.server.call("tasks.edit", **of_task, comment=record["comment"])
+
+    def set_parent(self, parent: str | None) -> None:
+        """Make another task the parent of this one, if it is not yet."""
+        if parent is None:
+            return
+        told = self.server.call("tasks.get_by_id", task=self.task)["task"]
+        if told.get("parent") != parent:
+            self.server.call("tasks.edit", task=self.task, force=True, parent=parent)
+            self.sent.records += 1
+
     def send_artifacts(self) -> bool:
         """Send the files that are kept with the run, if they are new; return whether any were."""
         changed = False
@@ -433,7 +484,8 @@ class Mirror:
             if self.progress.artifacts.get(path.stem) == digest:
                 continue
             url = self._url("artifacts", path.stem, path.name)
-            self._upload_verified(path, digest, url)
+            if not self._was_uploaded(path, digest, url):
+                continue
             artifact = {
                 "key": path.stem,
                 "type": "custom",
@@ -452,24 +504,28 @@ class Mirror:
             changed = True
         return changed
 
-    def end(self) -> bool:
+    def end(self, server: Server | None = None) -> bool:
         """Set the task's state to the run's; return whether it was another.
+
+        Args:
+            server: Used for it instead of the mirror's own, from another thread.
 
         Raises:
             ServerError: The server refuses, or does not answer.
         """
+        server = server or self.server
         record, state = self.run.record, self.run.state
-        told = self.server.call("tasks.get_by_id", task=self.task)["task"]
+        told = server.call("tasks.get_by_id", task=self.task)["task"]
         status = _STATUS.get(state)
         if status is None or (
             told.get("status") == status and (told.get("status_message") or "") == _message(record)
         ):
             return False
         if told.get("status") in ("created", "queued"):
-            self.server.call("tasks.started", task=self.task, force=True)
+            server.call("tasks.started", task=self.task, force=True)
         reason = "its process ended without a word" if state == "lost" else _reason(record)
         endpoint = f"tasks.{status}"
-        self.server.call(
+        server.call(
             endpoint,
             task=self.task,
             force=True,

@@ -16,6 +16,7 @@ from typing import Final
 import torch_lab
 from torch_lab.bootstrap import EXTRA, environment, sha256_of, unpack
 from torch_lab.errors import ScriptError, UserError, did_you_mean, listed
+from torch_lab.redaction import masked_diff
 from torch_lab.runs import CODE_FILE, artifacts_folder, code_state
 from torch_lab.untracked import is_secret_file
 from torch_lab.utils import shown
@@ -159,7 +160,7 @@ def _git_state(root: Path) -> dict[str, object]:
         "branch": code.branch,
         "repository": code.repository,
         "untracked": list(code.untracked),
-        "changes": code.changes.decode(errors="replace"),
+        "changes": masked_diff(code.changes).decode(errors="replace"),
     }
 
 

@@ -26,7 +26,7 @@ from torch_lab.experiment import Experiment
 from torch_lab.hparams import Hparams
 from torch_lab.mirror import STATE, Progress
 from torch_lab.redaction import masked_text
-from torch_lab.runs import Run, artifacts_folder, decoded, runs_of
+from torch_lab.runs import Run, artifacts_folder, decoded, plain_name, runs_of
 from torch_lab.server import Server
 from torch_lab.task_record import HPARAMS
 from torch_lab.tracking import found_server, task_of_agent
@@ -124,7 +124,9 @@ class AgentTask:
             run = Run.read(folder)
             for checkpoint, model in models.items():
                 _fetch(server, run, checkpoint, model)
-            target = artifacts / run.name
+            target = artifacts / plain_name(run.name, "a run's name")
+            if run.record.clearml_task_id != self.id:
+                raise CheckpointError(f"the artifact {STATE} of task {self.id} is of another task")
             if target.exists():
                 raise CheckpointError(f"{shown(target)} is another run than that of this task")
             shutil.move(folder, target)

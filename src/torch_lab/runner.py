@@ -27,6 +27,7 @@ from torch_lab.errors import (
     Interrupted,
     LoaderError,
     TorchLabError,
+    TrackingError,
     UserError,
     listed,
 )
@@ -163,7 +164,8 @@ def _sent(training: Training, console: Console) -> Iterator[None]:
         yield
     finally:
         tracking, run = training.tracking, training.run
-        if tracking is not None and not run.folder.is_dir():
+        is_new = training.options.resume is None and not training.has_trained
+        if tracking is not None and is_new and not run.folder.is_dir():
             tracking.discard()
         elif tracking is not None:
             complete = False
@@ -359,7 +361,7 @@ def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterat
             raise
         error = failure_elsewhere(run, raised) or _interruption(raised, stop) or raised
         is_new = training.options.resume is None and not training.has_trained
-        if isinstance(error, UserError) and is_new:
+        if isinstance(error, (UserError, TrackingError)) and is_new:
             run.discard()
             raise error from None
         console.keep(rendered(error))

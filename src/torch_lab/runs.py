@@ -265,6 +265,7 @@ class Run:
         Raises:
             UserError: The folder cannot be created.
         """
+        assert not self.record.resumed, "there is something in it"
         self.discard()
         base_name = unversioned(self.record.name)
         self.folder, self.record.name = self.folder.with_name(base_name), base_name
@@ -443,6 +444,10 @@ class Run:
     def checkpoint(self, name: str) -> Path:
         """Return the path of the checkpoint `name`, with or without `.ckpt`; it may be missing."""
         return _checkpoint(self.folder, name)
+
+    def checkpoint_names(self) -> set[str]:
+        """Return the names of the checkpoints that there are."""
+        return {path.stem for path in self.checkpoints_folder.glob("[!.]*.ckpt")}
 
     def sidecar(self, name: str) -> dict[str, Any] | None:
         """Return what the sidecar of the checkpoint `name` says, if there is one to be read."""

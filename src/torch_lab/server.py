@@ -205,8 +205,6 @@ class Server:
     # Requests.
 
     def _asked(self, endpoint: str, body: str, kind: str) -> dict[str, Any]:
-        if not self._token:
-            self.log_in()
         answer = self._posted(endpoint, body, kind)
         if answer.status_code in _STATUSES_OF_TOKENS and not self.address.token:
             # Tokens grow old.
@@ -220,6 +218,8 @@ class Server:
         return self._request("POST", url, data=body.encode(), headers=headers)
 
     def _bearer(self) -> dict[str, str]:
+        if not self._token and self.address.access_key:
+            self.log_in()
         return {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
     def _request(self, method: str, url: str, **options: Any) -> requests.Response:
@@ -238,19 +238,24 @@ class Server:
         return found if isinstance(found, dict) else {}
 
 
+def _host(url: str) -> str:
+    """Return the host and port in an address, without the credentials that may stand there."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
 def _no_answer(url: str, error: Exception) -> UnreachableError:
-    where = urlsplit(url).netloc
+    where = _host(url)
     if isinstance(error, requests.Timeout):
         return UnreachableError(f"{where} does not answer")
     if isinstance(error, requests.exceptions.SSLError):
         return UnreachableError(f"{where} has a certificate that is not trusted")
     if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema)):
-        return UnreachableError(f"{url} is no address of a server")
+        return UnreachableError(f"{_host(url) or url} is no address of a server")
     return UnreachableError(f"{where} cannot be reached")
 
 
 def _refusal(answer: requests.Response, what: str) -> ServerError:
-    where, code = urlsplit(answer.url).netloc, answer.status_code
+    where, code = _host(answer.url), answer.status_code
     try:
         message = answer.json()["meta"]["result_msg"]
     except (ValueError, KeyError, TypeError):

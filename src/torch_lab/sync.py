@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch_lab.errors import CheckpointError, UserError
+from torch_lab.errors import CheckpointError, ServerError, UnreachableError, UserError
 from torch_lab.event_reader import event_files, points_in
 from torch_lab.mirror import Mirror, Sent, split_tag
 from torch_lab.runs import Run, find_run
@@ -39,10 +40,10 @@ class Synced:
 
     def words(self) -> list[str]:
         """Return the row of a table; see `TITLES`."""
-        models = ", ".join(f"{name} {digest[:12]}" for name, digest in self.models.items())
+        models = ", ".join(f"{name} {digest[:8]}" for name, digest in self.models.items())
         return [
             self.run.name,
-            self.task,
+            self.task[:8],
             _sent_words(self.sent),
             f"{self.scalars:,}",
             models or "none",
@@ -79,7 +80,7 @@ def to_sync(artifacts: Path, names: Iterable[str], *, everything: bool) -> list[
         UserError: Neither names nor all are given.
     """
     if everything:
-        runs = list(_all_runs(artifacts))
+        runs = [run for run in _all_runs(artifacts) if not _is_trained_here(run)]
     else:
         runs = [find_run(artifacts, name, having="last") for name in names]
     if not runs and not everything:
@@ -104,6 +105,10 @@ def _all_runs(artifacts: Path) -> Iterator[Run]:
     return iter(sorted(kept, key=lambda run: run.record.started))
 
 
+def _is_trained_here(run: Run) -> bool:
+    return run.state == "running" and run.record.host == socket.gethostname()
+
+
 def _ancestry(run: Run, by_id: dict[str, Run]) -> Iterator[Run]:
     """Yield a run and those that it comes from, as far as they have no task yet."""
     seen = set()
@@ -112,7 +117,8 @@ def _ancestry(run: Run, by_id: dict[str, Run]) -> Iterator[Run]:
         yield current
         seen.add(current.record.id)
         parent = by_id.get((current.record.parent or {}).get("id") or "")
-        current = parent if parent and parent.record.clearml_task_id is None else None
+        has_task = parent is None or parent.record.clearml_task_id is not None
+        current = None if has_task or (parent and _is_trained_here(parent)) else parent
 
 
 def sync(run: Run, server: Server, say: Callable[[str], None]) -> Synced:
@@ -128,7 +134,7 @@ def sync(run: Run, server: Server, say: Callable[[str], None]) -> Synced:
         ServerError: The server refuses something.
         UnreachableError: It does not answer; what was sent is noted, and the next call goes on.
     """
-    if run.state == "running":
+    if _is_trained_here(run):
         raise UserError(
             f"run {run.name} is being trained by process {run.record.pid} on host "
             f"{run.record.host}",
@@ -136,16 +142,28 @@ def sync(run: Run, server: Server, say: Callable[[str], None]) -> Synced:
         )
     task = _task_of(run, server)
     mirror = Mirror(server, run, task, project_of(run))
+    _send(mirror, say)
+    say(f"{run.name}: reading back")
+    found = _verified(mirror)
+    if found.differences:
+        # What the notes say was sent is not there: all of it once more.
+        mirror.start_over(found.models)
+        _send(mirror, say)
+        found = _verified(mirror)
+    return found
+
+
+def _send(mirror: Mirror, say: Callable[[str], None]) -> None:
+    run = mirror.run
     say(f"{run.name}: what it logged")
     mirror.describe()
+    mirror.set_parent(parent_task(run))
     while mirror.send_logged():
         pass
     mirror.send_artifacts()
     say(f"{run.name}: checkpoints")
     mirror.send_checkpoints()
     mirror.end()
-    say(f"{run.name}: reading back")
-    return _verified(mirror)
 
 
 def _task_of(run: Run, server: Server) -> str:
@@ -183,7 +201,7 @@ def _tag_of(run: Run) -> str:
 
 def create_task(run: Run, server: Server, parent: str | None) -> str:
     """Return the id of a new task for `run`, which is started."""
-    section = run.record.hparams.get("task") or {}
+    section = run.hparams.get("task") or {}
     task = server.call(
         "tasks.create",
         name=task_name(run),
@@ -206,31 +224,43 @@ def _verified(mirror: Mirror) -> Synced:
     found = Synced(
         mirror.run, mirror.task, mirror.sent, sum(len(steps) for steps in expected.values())
     )
-    for name in sorted(expected.keys() | there.keys()):
-        own, other = expected.get(name, {}), there.get(name, {})
-        if name[0].startswith(":"):  # What the SDK watches the machine with.
-            continue
-        if own.keys() != other.keys():
-            found.differences.append(
-                f"{'/'.join(name)}: {len(own)} points here, {len(other)} there"
-            )
+    # There may be more than was logged: the user's own, and what a resume has given up.
+    for name, own in sorted(expected.items()):
+        other = there.get(name, {})
+        if missing := own.keys() - other.keys():
+            words = f"{len(missing)} of {len(own)} points are not there"
+            found.differences.append(f"{'/'.join(name)}: {words}")
         elif any(not math.isclose(own[step], other[step], rel_tol=1e-6) for step in own):
             found.differences.append(f"{'/'.join(name)}: other values there")
-    for checkpoint, model in mirror.progress.models.items():
-        found.models[checkpoint] = digest = mirror.server.sha256(model["uri"])
-        if digest != model["sha256"]:
-            found.differences.append(f"{checkpoint}: other bytes there")
+    for checkpoint in mirror.run.checkpoint_names() - {"previous"}:
+        _verify_model(mirror, checkpoint, found)
     return found
+
+
+def _verify_model(mirror: Mirror, name: str, found: Synced) -> None:
+    """Read a checkpoint back, and note its sha256 there, and what differs."""
+    model, sidecar = mirror.progress.models.get(name), mirror.run.sidecar(name)
+    if model is None or sidecar is None:
+        found.differences.append(f"{name}: not sent, as it is damaged here")
+        return
+    try:
+        found.models[name] = mirror.server.sha256(model["uri"])
+    except UnreachableError:
+        raise
+    except ServerError:
+        found.models[name] = "missing"
+    if found.models[name] != sidecar["sha256"]:
+        found.differences.append(f"{name}: other bytes there, or none")
 
 
 def _points(run: Run) -> dict[tuple[str, str], dict[int, float]]:
     """Return the finite scalars of a run's folder, by graph and line, and step."""
     series: dict[tuple[str, str], dict[int, float]] = {}
-    for _, path in event_files(run.metrics_folder):
+    for name, _ in event_files(run.metrics_folder):
         start, end = -1, 0
         while end != start:
             start = end
-            points, end = points_in(path, start)
+            points, end = points_in(run.metrics_folder, name, start)
             for point in points:
                 if math.isfinite(point.value):
                     series.setdefault(split_tag(point.tag), {})[point.step] = point.value

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import io
 import logging
+import math
 import os
 import re
 import signal
@@ -51,6 +52,7 @@ _CLOSE_S: Final = 3.0
 _UPLOAD_S: Final = 30.0
 _BETWEEN_SENDS_S: Final = 2.0
 _BETWEEN_TRIES_S: Final = 15.0
+_BETWEEN_LAST_TRIES_S: Final = 0.5
 _BETWEEN_LOOKS_S: Final = 5.0
 _SILENCE_S: Final = 600.0
 _FRAMEWORKS: Final = dict.fromkeys(
@@ -240,16 +242,16 @@ def opened(server: Server, run: Run) -> Tracking:
     """
     try:
         _forget_missing_task(server, run)
-        is_new = run.record.clearml_task_id is None
+        is_new = run.record.clearml_task_id is None and not run.record.resumed
         tracking = Tracking(server, run, parent_task(run))
+        run.record.clearml_task_id = tracking.id
+        run.write()
         if is_new:
             _settle_version(tracking)
     except TimeoutError:
         raise TrackingError("ClearML takes too long to make a task") from None
     except Exception as error:  # The SDK has many of its own.
         raise TrackingError(f"ClearML makes no task: {error}") from error
-    run.record.clearml_task_id = tracking.id
-    run.write()
     return tracking
 
 
@@ -318,8 +320,14 @@ class Tracking:
         self.server = server
         self.run = run
         # The SDK prints where the task is, which the header says, to where results belong.
+        in_time = threading.Event()
+        in_time.set()
         with _hooks_kept(), contextlib.redirect_stdout(io.StringIO()):
-            self.task = _within(_INIT_S, lambda: _opened_task(run, parent))
+            try:
+                self.task = _within(_INIT_S, lambda: _opened_task(run, parent, in_time))
+            except TimeoutError:
+                in_time.clear()
+                raise
         self.id = str(self.task.id)
         self.mirror = Mirror(server, run, self.id, project_of(run), on_agent=_is_on_agent())
         self._ends = threading.Event()
@@ -331,6 +339,7 @@ class Tracking:
         ]
         self._is_complete = {thread.name: False for thread in self._threads}
         self._away: set[str] = set()
+        self._told: set[str] = set()
         self._silence = Silence(time.monotonic())
         self._was_aborted = False
         self._looked_at = 0.0
@@ -342,6 +351,11 @@ class Tracking:
 
     def discard(self) -> None:
         """Remove the task, if a mistake is found after it was made; that of an agent stays."""
+        self._deadline = 0.0
+        self._ends.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(1.0)
         if task_of_agent() == self.id:
             _close(self.task)
             return
@@ -362,26 +376,26 @@ class Tracking:
             show: Told every now and then what is left.
         """
         until = time.monotonic() + limit_s
-        self._deadline = until
+        self._deadline = until - min(_CLOSE_S, limit_s / 2)
         self._ends.set()
         for thread in self._threads:
-            while thread.is_alive() and (left := until - time.monotonic()) > 0:
+            while thread.is_alive() and (left := self._deadline - time.monotonic()) > 0:
                 thread.join(min(1.0, left))
                 if thread.is_alive():
                     show(f"sending to ClearML, {max(0.0, until - time.monotonic()):.0f} s left")
-        complete = all(self._is_complete.values())
-        if not self._threads[0].is_alive():
-            complete &= self._tell_end(until)
-            _close(self.task)
-            # The SDK has called it completed, whatever it was.
-            return complete and self._tell_end(until)
-        _close(self.task)
-        return False
+        self._tell_end(until)
+        _close(self.task, until)
+        # The SDK has called it completed, whatever it was.
+        return self._tell_end(until) and all(self._is_complete.values())
 
     def _tell_end(self, until: float) -> bool:
+        """Set the state of the task, if that is possible in time."""
+        # The mirror's own may still be waiting for an answer.
+        server = Server(self.server.address, _ANSWER_S)
         try:
-            _within(max(1.0, until - time.monotonic()), self.mirror.end)
-        except (TimeoutError, ServerError):
+            _within(max(0.5, until - time.monotonic()), lambda: self.mirror.end(server))
+        except Exception as error:
+            log.debug("the state of the task is not set: %s", error)
             return False
         return True
 
@@ -415,10 +429,14 @@ class Tracking:
                 step()
             except UnreachableError as error:
                 self._tell_away(name, error)
-                wait_s = 1.0 if ended else _BETWEEN_TRIES_S
-            except (ServerError, OSError, ValueError, KeyError) as error:
-                log.warning("not sent to ClearML: %s", error)
-                return
+                wait_s = _BETWEEN_TRIES_S
+                if ended:
+                    time.sleep(_BETWEEN_LAST_TRIES_S)
+            except Exception as error:  # Whatever it is, the training goes on.
+                self._tell_refused(error)
+                wait_s = _BETWEEN_TRIES_S
+                if ended:
+                    return
             else:
                 self._tell_back(name)
                 wait_s = _BETWEEN_SENDS_S
@@ -427,6 +445,12 @@ class Tracking:
                     return
             if time.monotonic() > self._deadline:
                 return
+
+    def _tell_refused(self, error: Exception) -> None:
+        words = f"not sent to ClearML: {error}"
+        if words not in self._told:
+            self._told.add(words)
+            log.warning("%s", words)
 
     def _tell_away(self, name: str, error: ServerError) -> None:
         if not self._away:
@@ -449,14 +473,21 @@ class Tracking:
         fields = ["status", "status_message"]
         for told in self.server.every("tasks.get_all", "tasks", id=[self.id], only_fields=fields):
             message = str(told.get("status_message") or "")
-            if told.get("status") != "in_progress" or "stopping" in message:
+            is_stopped = told.get("status") != "in_progress" or "stopping" in message
+            if is_stopped and not self._ends.is_set():
                 self._was_aborted = True
                 log.warning("the task was stopped on the ClearML server")
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _opened_task(run: Run, parent: str | None) -> Any:
-    """Return the SDK's task for a run: a new one, or that which it has."""
+def _opened_task(run: Run, parent: str | None, in_time: threading.Event) -> Any:
+    """Return the SDK's task for a run: a new one, or that which it has.
+
+    Args:
+        run: The run.
+        parent: The id of the parent's task.
+        in_time: Cleared when nobody waits for it any more: then a new task is removed again.
+    """
     _quiet_sdk()
     from clearml import Task
     from clearml.backend_interface.task.development.stop_signal import TaskStopSignal
@@ -467,10 +498,31 @@ def _opened_task(run: Run, parent: str | None) -> Any:
     TaskStopSignal.enabled = False  # type: ignore[assignment]
     # The seeds are the run's.
     Task.set_random_seed(None)
-    section = dict(run.record.hparams.get("task") or {})
+    known, on_agent = run.record.clearml_task_id, _is_on_agent()
+    task: Any = Task.init(**_init_arguments(run))
+    # It waits for the server for ever.
+    atexit.unregister(task._at_exit)
+    if not (in_time.is_set() or known or on_agent):
+        task.delete(raise_on_error=False)
+    if parent is not None:
+        task.set_parent(parent)
+    if on_agent:
+        # It would kill the process at once; so it waits for its end: see `_look_for_abort`.
+        waits = {
+            "_abort_callback_timeout": _ABORT_LIMIT_S,
+            "_abort_poll_freq": _BETWEEN_LOOKS_S,
+            "_abort_callback_completed": "",
+        }
+        task._set_runtime_properties(waits)
+    return task
+
+
+def _init_arguments(run: Run) -> dict[str, Any]:
+    """Return what `Task.init` gets: what the hparams say, over what suits a run."""
+    section = dict(run.hparams.get("task") or {})
     known = run.record.clearml_task_id
     on_agent = _is_on_agent()
-    arguments = {
+    return {
         "output_uri": True,
         # Without a GPU all that it has to say is that there is none.
         "auto_resource_monitoring": _has_gpu(),
@@ -484,20 +536,6 @@ def _opened_task(run: Run, parent: str | None) -> Any:
         # On an agent anything else would be added to the steps.
         "continue_last_task": 0 if known or on_agent else False,
     }
-    task: Any = Task.init(**arguments)
-    # It waits for the server for ever.
-    atexit.unregister(task._at_exit)
-    if parent is not None:
-        task.set_parent(parent)
-    if on_agent:
-        # It would kill the process at once; so it waits for its end: see `_look_for_abort`.
-        waits = {
-            "_abort_callback_timeout": _ABORT_LIMIT_S,
-            "_abort_poll_freq": _BETWEEN_LOOKS_S,
-            "_abort_callback_completed": "",
-        }
-        task._set_runtime_properties(waits)
-    return task
 
 
 def _is_on_agent() -> bool:
@@ -520,9 +558,10 @@ def _hooks_kept() -> Iterator[None]:
         sys.excepthook, sys.exit = before
 
 
-def _close(task: Any) -> None:
+def _close(task: Any, until: float = math.inf) -> None:
     """Close the SDK's task, if that does not take long."""
     for name in ("clearml", "clearml.Task", "clearml.Metrics"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.suppress(Exception):
-        _within(_CLOSE_S, task.close, ENDLESS)
+        left = max(0.5, until - time.monotonic())
+        _within(min(_CLOSE_S, left), task.close, ENDLESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from torch_lab.files import written_whole
-from torch_lab.redaction import masked_script, masked_text
+from torch_lab.redaction import masked_diff, masked_script
 
 __all__ = ["MOST_BYTES", "is_secret_file", "keep_untracked"]
 
@@ -18,14 +19,16 @@ MOST_BYTES: Final = 20 * 2**20
 _SECRETS: Final = (
     ".env",
     ".env.*",
+    "*.env",
     "*.pem",
     "*.key",
     "id_rsa*",
     "id_ed25519*",
     "clearml.conf",
     ".netrc",
+    ".npmrc",
+    ".pypirc",
 )
-_TEXTS: Final = (".cfg", ".csv", ".ini", ".json", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml")
 
 
 def keep_untracked(root: Path, names: Iterable[str], target: Path) -> list[str]:
@@ -53,7 +56,10 @@ def keep_untracked(root: Path, names: Iterable[str], target: Path) -> list[str]:
             zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
         ):
             for name in kept:
-                archive.writestr(_entry(name), _masked(root / name))
+                try:
+                    archive.writestr(_entry(name), _masked(root / name))
+                except OSError:  # It is gone by now, or not ours to read.
+                    left_out.append(name)
     return left_out
 
 
@@ -65,8 +71,9 @@ def is_secret_file(name: str) -> bool:
 def _sizes(root: Path, names: Iterable[str]) -> Iterator[tuple[str, int]]:
     for name in names:
         path = root / name
-        if path.is_file() and not path.is_symlink():
-            yield name, path.stat().st_size
+        with contextlib.suppress(OSError):
+            if path.is_file() and not path.is_symlink():
+                yield name, path.stat().st_size
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
@@ -80,9 +87,8 @@ def _masked(path: Path) -> bytes:
     content = path.read_bytes()
     if path.suffix == ".py":
         return masked_script(content)
-    if path.suffix not in _TEXTS:
-        return content
     try:
-        return masked_text(content.decode()).encode()
+        content.decode()
     except UnicodeDecodeError:
         return content
+    return masked_diff(content)
