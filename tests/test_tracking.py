@@ -108,6 +108,13 @@ class Online:
         assert not any(again["sent"].values())
 
 
+def read_until(process: subprocess.Popen[str], words: str) -> None:
+    """Read what a process says, to the line with these words."""
+    assert process.stderr is not None
+    while words not in (line := process.stderr.readline()):
+        assert line, f"it ended without saying {words!r}"
+
+
 def timestamp(when: str | None) -> float:
     from datetime import datetime
 
@@ -217,6 +224,19 @@ def test_a_server_that_is_not_to_be_had_at_the_start(online: Online, name: str) 
     assert online.lab.run().name == run.name
     online.server.heal()
     online.check_whole(run)
+
+
+@pytest.mark.parametrize(("host", "told"), [("", "is not set"), ("lab:8008", "is 'lab:8008'")])
+def test_keys_go_to_the_server_that_they_are_for(
+    lab: Lab, warm: Warm, host: str, told: str
+) -> None:
+    """Never to the public one because the address is missing."""
+    keys = {"CLEARML_API_ACCESS_KEY": "key", "CLEARML_API_SECRET_KEY": "secret"}
+    result = lab.command(
+        "train", lab.path, "--online", python=warm.python, CLEARML_API_HOST=host, **keys
+    )
+    assert result.code == ExitCode.NO_TRACKING
+    assert f"CLEARML_API_HOST {told}" in result.err and not lab.runs
 
 
 def test_a_silence_is_told_once() -> None:
@@ -336,6 +356,7 @@ def test_sigterm_with_an_open_task(online: Online) -> None:
     with online.start("train", online.lab.path, GATE=str(online.gate)) as process:
         online.wait_for(online.gate.with_suffix(".reached").exists)
         process.send_signal(signal.SIGTERM)
+        read_until(process, "stopping after this batch")
         online.gate.touch()
         _, err = process.communicate(timeout=60)
     assert process.returncode == ExitCode.TERMINATED, err
@@ -361,6 +382,7 @@ def test_a_run_begun_offline_goes_on_with_a_task(online: Online) -> None:
     with online.start("train", online.lab.path, "--offline", GATE=str(online.gate)) as process:
         online.wait_for(online.gate.with_suffix(".reached").exists)
         process.send_signal(signal.SIGTERM)
+        read_until(process, "stopping after this batch")
         online.gate.touch()
         process.communicate(timeout=60)
     run = online.lab.run()
@@ -380,9 +402,7 @@ def test_an_abort_from_the_web_saves_a_checkpoint(online: Online) -> None:
         online.wait_for(online.gate.with_suffix(".reached").exists)
         online.wait_for(lambda: online.server.state.tasks)
         online.task()["status"], online.task()["status_message"] = "stopped", "aborted by somebody"
-        assert process.stderr is not None
-        while "was stopped on the ClearML server" not in process.stderr.readline():
-            pass
+        read_until(process, "was stopped on the ClearML server")
         online.gate.touch()
         process.communicate(timeout=60)
     assert process.returncode == ExitCode.TERMINATED

@@ -127,6 +127,13 @@ def _address() -> Address:
 
     access_key = setting("API_ACCESS_KEY", "api.credentials.access_key")
     token = os.environ.get("CLEARML_AUTH_TOKEN", "")
+    # The keys of a server of one's own must not go to the public one.
+    host = setting("API_HOST", "api.api_server") or str(config_obj.get("api.host", None) or "")
+    if not host.startswith(("http://", "https://")):
+        what = f"is {host!r}" if host else "is not set"
+        raise TrackingError(
+            f"ClearML: CLEARML_API_HOST {what}", "it is an address like http://clearml.lab:8008"
+        )
     if not access_key and not token:
         raise TrackingError("ClearML has no credentials", "run clearml-init")
     try:
@@ -139,7 +146,7 @@ def _address() -> Address:
             token=token,
         )
     except ValueError as error:
-        raise TrackingError(f"ClearML: {error}", "set CLEARML_WEB_HOST") from error
+        raise TrackingError(f"ClearML: {error}; CLEARML_WEB_HOST tells it") from error
 
 
 def _quiet_sdk() -> None:
