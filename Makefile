@@ -42,9 +42,10 @@ coverage: env ## Run the same tests, and demand 95 % of the lines and branches o
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: env ## Measure start-up and the cost of exactness, each against a peer
+bench: env ## Measure start-up, and the cost of exactness and of tracking, each against a peer
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/exact_data.py
+	$(BIN)/python benchmarks/tracking.py
 
 check: lint types layers dead-code dependencies docs ## All that can be checked without a test
 
