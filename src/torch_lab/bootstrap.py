@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-__all__ = ["EXTRA", "MARK", "environment", "run", "sha256_of", "unpack"]
+__all__ = ["EXTRA", "MARK", "environment", "run", "unpack"]
 
 EXTRA: Final = ".torch_lab"
 """The folder in the archive for what is not the project's: torch_lab itself, the state of git."""
@@ -51,7 +51,7 @@ def _fetch(url: str, sha256: str, folder: Path) -> None:
     archive = StorageManager.get_local_copy(url, extract_archive=False, force_download=True)
     if not archive:
         sys.exit(f"torch_lab: {url}, the code of this task, cannot be downloaded")
-    found = sha256_of(Path(archive))
+    found = _sha256(Path(archive))
     if found != sha256:
         sys.exit(f"torch_lab: {url} has the sha256 {found}, expected {sha256}")
     new = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -60,7 +60,7 @@ def _fetch(url: str, sha256: str, folder: Path) -> None:
     new.rename(folder)
 
 
-def sha256_of(path: Path) -> str:
+def _sha256(path: Path) -> str:
     """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

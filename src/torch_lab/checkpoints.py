@@ -29,7 +29,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from torch_lab.errors import CheckpointError, DamagedError, did_you_mean
-from torch_lab.files import beside, link, publish, sync
+from torch_lab.files import beside, link, publish, sha256_of, sync
 from torch_lab.hparams import Hparams
 from torch_lab.mirror import Progress
 from torch_lab.plain import plain_values
@@ -149,7 +149,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Return whether the checkpoint at `path`, with its sidecar, is worth to be kept."""
         if not (path.is_file() and _sidecar(path).is_file()):
             return False
-        return path in self._whole or _sha256(path) in _recorded_sha256s(path)
+        return path in self._whole or sha256_of(path) in _recorded_sha256s(path)
 
 
 def _is_of_run(checkpoint: Path) -> bool:
@@ -204,7 +204,7 @@ def _settle(target: Path) -> None:
     waiting = _temporary(sidecar)
     if not waiting.exists():
         return
-    if target.is_file() and _recorded(waiting).get("sha256") == _sha256(target):
+    if target.is_file() and _recorded(waiting).get("sha256") == sha256_of(target):
         publish(waiting, sidecar)
     else:
         waiting.unlink()
@@ -273,11 +273,6 @@ def _recorded(sidecar: Path) -> dict[str, Any]:
         log.debug("%s cannot be read: %s", shown(sidecar), error)
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -638,7 +633,7 @@ def _verified(path: Path, run: Run | None, trust: bool) -> Source:
     if not path.is_file():
         raise DamagedError(f"{where} is missing")
     try:
-        digest = _sha256(path)
+        digest = sha256_of(path)
         fault = _fault(path, digest)
     except OSError as error:
         raise DamagedError(f"{where} cannot be read ({error.strerror})") from error

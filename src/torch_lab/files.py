@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["beside", "link", "publish", "sync", "written_whole"]
+__all__ = ["beside", "link", "publish", "sha256_of", "sync", "written_whole"]
 
 
 def beside(path: Path, label: str) -> Path:
@@ -43,6 +44,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         publish(written, path)
     finally:
         written.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of what is in a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

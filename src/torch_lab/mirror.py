@@ -24,7 +24,7 @@ from typing import Any, Final
 from torch_lab.bootstrap import MARK
 from torch_lab.errors import ServerError
 from torch_lab.event_reader import Point, event_files, points_in
-from torch_lab.files import written_whole
+from torch_lab.files import sha256_of, written_whole
 from torch_lab.runs import Run
 from torch_lab.server import Server, file_url
 from torch_lab.task_record import described, script_of
@@ -347,18 +347,7 @@ class Mirror:
             size = file.tell()
             file.seek(0)
             digest = server.upload(file, size, url)
-        artifact = {
-            "key": STATE,
-            "type": "custom",
-            "mode": "output",
-            "uri": url,
-            "content_size": size,
-            "hash": digest,
-            "timestamp": int(time.time()),
-        }
-        server.call(
-            "tasks.add_or_update_artifacts", task=self.task, artifacts=[artifact], force=True
-        )
+        server.add_artifact(self.task, STATE, url, size, digest)
 
     def _uploaded(self, server: Server, name: str, sidecar: Mapping[str, Any]) -> str:
         """Return where the file of a checkpoint is on the server, which has the best one once."""
@@ -480,24 +469,14 @@ class Mirror:
         for path in (self.run.folder / "untracked.zip", self.run.folder / "run.json"):
             if not path.is_file() or (path.name == "run.json" and not self.run.record.ended):
                 continue
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = sha256_of(path)
             if self.progress.artifacts.get(path.stem) == digest:
                 continue
             url = self._url("artifacts", path.stem, path.name)
             if not self._was_uploaded(path, digest, url):
                 continue
-            artifact = {
-                "key": path.stem,
-                "type": "custom",
-                "mode": "output",
-                "uri": url,
-                "content_size": path.stat().st_size,
-                "hash": digest,
-                "timestamp": int(time.time()),
-            }
-            self.server.call(
-                "tasks.add_or_update_artifacts", task=self.task, artifacts=[artifact], force=True
-            )
+            size = path.stat().st_size
+            self.server.add_artifact(self.task, path.stem, url, size, digest)
             self.progress.artifacts[path.stem] = digest
             self.sent.records += 1
             self.save()

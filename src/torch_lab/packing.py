@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Final
 
 import torch_lab
-from torch_lab.bootstrap import EXTRA, environment, sha256_of, unpack
+from torch_lab.bootstrap import EXTRA, environment, unpack
 from torch_lab.errors import ScriptError, UserError, did_you_mean, listed
+from torch_lab.files import sha256_of
 from torch_lab.redaction import masked_diff
 from torch_lab.runs import CODE_FILE, artifacts_folder, code_state
-from torch_lab.untracked import is_secret_file
+from torch_lab.untracked import is_secret_file, zip_entry
 from torch_lab.utils import shown
 
 __all__ = ["MOST_BYTES", "Packed", "is_checkout", "pack", "project_files", "verify"]
@@ -146,9 +147,7 @@ def pack(root: Path, target: Path) -> Packed:
 
 
 def _entry(name: str, path: Path) -> zipfile.ZipInfo:
-    # Always the same bytes for the same files.
-    entry = zipfile.ZipInfo(name)
-    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry = zip_entry(name)
     entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
     return entry
 

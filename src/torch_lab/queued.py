@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from torch_lab.bootstrap import sha256_of, unpack
+from torch_lab.bootstrap import unpack
 from torch_lab.edits import edited
 from torch_lab.errors import (
     CheckpointError,
@@ -23,6 +23,7 @@ from torch_lab.errors import (
     TorchLabError,
 )
 from torch_lab.experiment import Experiment
+from torch_lab.files import sha256_of
 from torch_lab.hparams import Hparams
 from torch_lab.mirror import STATE, Progress
 from torch_lab.redaction import masked_text

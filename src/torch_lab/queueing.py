@@ -6,10 +6,8 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +32,7 @@ from torch_lab.server import Server, file_url
 from torch_lab.signals import stopping_on_signals
 from torch_lab.sync import create_task
 from torch_lab.task_record import described, parent_task, project_of, task_name
-from torch_lab.tracking import found_server, highest_version
+from torch_lab.tracking import found_server, highest_version, is_first
 from torch_lab.training import Options, prepared
 from torch_lab.utils import shown
 
@@ -213,22 +211,9 @@ def _name(run: Run, base_name: str, version: int) -> None:
 def _settle_name(server: Server, run: Run, task: str) -> None:
     """Take another version as long as an earlier task of another machine has it."""
     base_name = run.record.name.removesuffix(f"-v{run.record.version}")
-    while not _is_first(server, run, task):
+    while not is_first(server, run, task):
         _name(run, base_name, highest_version(server, project_of(run), base_name) + 1)
         server.call("tasks.edit", task=task, name=task_name(run), force=True)
-
-
-def _is_first(server: Server, run: Run, task: str) -> bool:
-    found = server.every(
-        "tasks.get_all",
-        "tasks",
-        project=[server.project(project_of(run))],
-        name=f"^{re.escape(run.name)}(-|$)",
-        only_fields=["id", "created"],
-        search_hidden=True,
-    )
-    ranked = sorted((str(each["created"]), str(each["id"])) for each in found)
-    return not ranked or ranked[0][1] == task
 
 
 def _write_sources(run: Run, experiment: Experiment, folder: Path) -> None:
@@ -243,17 +228,10 @@ def _describe(server: Server, run: Run, task: str, packed: Packed, words: Sequen
     url = _upload(server, run, task, packed.path)
     server.call("tasks.edit", task=task, force=True, **described(run))
     server.call("tasks.edit", task=task, force=True, script=_script(run, packed, url, words))
-    artifact = {
-        "key": "code",
-        "type": "archive",
-        # What goes in stays with the task when it is reset, and goes along when it is cloned.
-        "mode": "input",
-        "uri": url,
-        "content_size": packed.path.stat().st_size,
-        "hash": packed.sha256,
-        "timestamp": int(time.time()),
-    }
-    server.call("tasks.add_or_update_artifacts", task=task, artifacts=[artifact], force=True)
+    size = packed.path.stat().st_size
+    # What goes in stays with the task when it is reset, and goes along when it is cloned.
+    how = {"type": "archive", "mode": "input"}
+    server.add_artifact(task, "code", url, size, packed.sha256, **how)
 
 
 def _upload(server: Server, run: Run, task: str, path: Path) -> str:

@@ -7,7 +7,7 @@ back to that first (`cut_back`), so that every step is in them once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from torch_lab.errors import CheckpointError
+from torch_lab.event_reader import event_files
 from torch_lab.files import sync
 from torch_lab.runs import Run
 from torch_lab.utils import shown
@@ -98,7 +99,7 @@ class MetricsLogger(Logger):
         if self._writer is not None and not self._writer.save():
             return None
         try:
-            files = _event_files(self.run.metrics_folder)
+            files = event_files(self.run.metrics_folder)
             return {name: path.stat().st_size for name, path in files}
         except OSError:
             return None
@@ -123,7 +124,7 @@ def cut_back(folder: Path, marks: Mapping[str, int]) -> None:
     Raises:
         CheckpointError: A file is not there, or shorter than it was; then nothing is changed.
     """
-    there = dict(_event_files(folder))
+    there = dict(event_files(folder))
     for name, size in marks.items():
         if name not in there or there[name].stat().st_size < size:
             problem = "is shorter than" if name in there else "is not there any more, as"
@@ -134,10 +135,3 @@ def cut_back(folder: Path, marks: Mapping[str, int]) -> None:
             sync(path)
         else:
             path.unlink()
-
-
-def _event_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the event files in a folder and the ones below, by their paths in it."""
-    for path in sorted(folder.rglob("*.tfevents.*")):
-        if path.is_file() and not path.is_symlink():
-            yield path.relative_to(folder).as_posix(), path

@@ -34,7 +34,7 @@ from torch_lab.errors import (
     did_you_mean,
     listed,
 )
-from torch_lab.files import publish, written_whole
+from torch_lab.files import publish, sha256_of, written_whole
 from torch_lab.processes import FolderLock
 from torch_lab.runs import unversioned
 from torch_lab.server import Server
@@ -372,8 +372,7 @@ def _digest_of_whole(path: Path) -> str | None:
     """Return the sha256 of a file in the cache, if it is that which its sidecar tells."""
     try:
         recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return digest if digest == recorded else None
@@ -415,8 +414,7 @@ def downloaded(server: Server, uri: str, path: Path) -> str:
     if not there.is_file():
         raise ServerError(f"{uri} is a file of another machine: it was never uploaded")
     shutil.copyfile(there, path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def _downloaded(server: Server, uri: str, path: Path) -> str:

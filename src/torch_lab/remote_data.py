@@ -25,7 +25,7 @@ from typing import Any, Final
 from zipfile import BadZipFile, ZipFile
 
 from torch_lab.errors import ServerError, TrackingError, UnreachableError, UserError
-from torch_lab.files import written_whole
+from torch_lab.files import sha256_of, written_whole
 from torch_lab.remote import access, alone_in, downloaded, in_words, is_id
 from torch_lab.runs import project_root
 from torch_lab.server import Server
@@ -117,7 +117,7 @@ def _cached(cache: Path, dataset: str) -> _Version | None:
         if not path.is_file():
             return None
         is_touched = _stamp(path) != (told["size"], told["time_ns"])
-        if is_touched and _sha256(path) != told["sha256"]:
+        if is_touched and sha256_of(path) != told["sha256"]:
             log.warning("%s was changed: the dataset is fetched anew", path)
             return None
     return found
@@ -255,17 +255,12 @@ def _written(archive: ZipFile, name: str, path: Path) -> str:
 def _described(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in _all_files(folder):
         size, time_ns = _stamp(path)
-        told = {"sha256": _sha256(path), "size": size, "time_ns": time_ns}
+        told = {"sha256": sha256_of(path), "size": size, "time_ns": time_ns}
         yield path.relative_to(folder).as_posix(), told
 
 
 def _all_files(folder: Path) -> Iterable[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Uploading.
@@ -286,7 +281,7 @@ def upload_dataset(folder: Path, name: str, project: str) -> str:
         TrackingError: There is no ClearML server, or it went away meanwhile.
         UserError: There are no files, the server refuses, or has something else afterwards.
     """
-    own = {path.relative_to(folder).as_posix(): _sha256(path) for path in _all_files(folder)}
+    own = {path.relative_to(folder).as_posix(): sha256_of(path) for path in _all_files(folder)}
     if not own:
         raise UserError(f"{folder} has no files to upload")
     server = found_server()

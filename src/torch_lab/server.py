@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 import requests
 
 from torch_lab.errors import ServerError, UnreachableError
-from torch_lab.files import beside, publish
+from torch_lab.files import beside, publish, sha256_of
 
 __all__ = ["Address", "Server", "file_url"]
 
@@ -117,6 +118,35 @@ class Server:
             return None
         return str(self.call("projects.create", name=name, description="")["id"])
 
+    def has_task(self, task: str) -> bool:
+        """Return whether there is a task of that id."""
+        return any(self.every("tasks.get_all", "tasks", id=[task], only_fields=["id"]))
+
+    def add_artifact(
+        self, task: str, key: str, url: str, size: int, sha256: str, **other: str
+    ) -> None:
+        """Tell a task of a file that belongs to it.
+
+        Args:
+            task: The task's id.
+            key: The name of the artifact, which takes the place of another of that name.
+            url: Where the file is.
+            size: How many bytes it has.
+            sha256: Of its bytes.
+            other: `type` (custom) and `mode` (output), if they are others.
+        """
+        artifact = {
+            "key": key,
+            "type": "custom",
+            "mode": "output",
+            "uri": url,
+            "content_size": size,
+            "hash": sha256,
+            "timestamp": int(time.time()),
+            **other,
+        }
+        self.call("tasks.add_or_update_artifacts", task=task, artifacts=[artifact], force=True)
+
     # Files.
 
     def upload(self, file: BinaryIO, size: int, url: str) -> str:
@@ -193,7 +223,7 @@ class Server:
                 file.truncate(0)
                 for chunk in self.read(url):
                     file.write(chunk)
-        digest = _sha256(partial)
+        digest = sha256_of(partial)
         publish(partial, path)
         return digest
 
@@ -293,11 +323,6 @@ class _Form:
             left -= len(chunk)
             yield chunk
         yield self._tail
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_url(files: str, *parts: str) -> str:

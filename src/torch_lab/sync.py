@@ -169,9 +169,7 @@ def _send(mirror: Mirror, say: Callable[[str], None]) -> None:
 def _task_of(run: Run, server: Server) -> str:
     """Return the id of the run's task, which is made if there is none."""
     known = run.record.clearml_task_id
-    if known is not None and list(
-        server.every("tasks.get_all", "tasks", id=[known], only_fields=["id"])
-    ):
+    if known is not None and server.has_task(known):
         return known
     task = _made_before(run, server) or create_task(run, server, parent_task(run))
     run.record.clearml_task_id = task

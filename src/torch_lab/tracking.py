@@ -39,6 +39,7 @@ __all__ = [
     "connected",
     "found_server",
     "highest_version",
+    "is_first",
     "opened",
     "task_of_agent",
     "versions_taken",
@@ -264,7 +265,7 @@ def opened(server: Server, run: Run) -> Tracking:
 
 def _forget_missing_task(server: Server, run: Run) -> None:
     known = run.record.clearml_task_id
-    if known and not list(server.every("tasks.get_all", "tasks", id=[known], only_fields=["id"])):
+    if known and not server.has_task(known):
         run.record.clearml_task_id = None
 
 
@@ -274,7 +275,7 @@ def _settle_version(tracking: Tracking) -> None:
     Each makes its task first and looks then, so of two at least the later one sees the other.
     """
     server, run = tracking.server, tracking.run
-    while _is_taken(tracking):
+    while not is_first(server, run, tracking.id):
         base_name = unversioned(run.name)
         run.reserve_another(highest_version(server, project_of(run), base_name))
         server.call("tasks.edit", task=tracking.id, name=task_name(run), force=True)
@@ -282,14 +283,24 @@ def _settle_version(tracking: Tracking) -> None:
         server.call("tasks.edit", task=tracking.id, name=task_name(run), force=True)
 
 
-def _is_taken(tracking: Tracking) -> bool:
-    pattern = f"^{re.escape(tracking.run.name)}(-|$)"
-    project = tracking.server.project(project_of(tracking.run))
-    found = tracking.server.every(
-        "tasks.get_all", "tasks", project=[project], name=pattern, only_fields=["id", "created"]
+def is_first(server: Server, run: Run, task: str) -> bool:
+    """Return whether no earlier task has the name of a run.
+
+    Args:
+        server: The server.
+        run: The run.
+        task: The id of its task.
+    """
+    found = server.every(
+        "tasks.get_all",
+        "tasks",
+        project=[server.project(project_of(run))],
+        name=f"^{re.escape(run.name)}(-|$)",
+        only_fields=["id", "created"],
+        search_hidden=True,
     )
-    ranked = sorted((str(task["created"]), str(task["id"])) for task in found)
-    return bool(ranked) and ranked[0][1] != tracking.id
+    ranked = sorted((str(each["created"]), str(each["id"])) for each in found)
+    return not ranked or ranked[0][1] == task
 
 
 class Silence:

@@ -12,7 +12,7 @@ from typing import Final
 from torch_lab.files import written_whole
 from torch_lab.redaction import masked_diff, masked_script
 
-__all__ = ["MOST_BYTES", "is_secret_file", "keep_untracked"]
+__all__ = ["MOST_BYTES", "is_secret_file", "keep_untracked", "zip_entry"]
 
 MOST_BYTES: Final = 20 * 2**20
 """How much is kept of a project, in bytes."""
@@ -57,7 +57,7 @@ def keep_untracked(root: Path, names: Iterable[str], target: Path) -> list[str]:
         ):
             for name in kept:
                 try:
-                    archive.writestr(_entry(name), _masked(root / name))
+                    archive.writestr(zip_entry(name), _masked(root / name))
                 except OSError:  # It is gone by now, or not ours to read.
                     left_out.append(name)
     return left_out
@@ -76,8 +76,8 @@ def _sizes(root: Path, names: Iterable[str]) -> Iterator[tuple[str, int]]:
                 yield name, path.stat().st_size
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
-    # Always the same bytes for the same files.
+def zip_entry(name: str) -> zipfile.ZipInfo:
+    """Return an entry that gives an archive always the same bytes for the same files."""
     entry = zipfile.ZipInfo(name)
     entry.compress_type = zipfile.ZIP_DEFLATED
     return entry
