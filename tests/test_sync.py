@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from clearml_server import DROP, ClearMLServer
 from conftest import CONFIG, Lab
 from test_train import scalars
 from torch_lab.errors import (
+    ExitCode,
     ServerError,
     UnreachableError,
     UserError,
@@ -319,6 +321,49 @@ def test_what_is_gone_on_disk_is_gone_there(
     used = {model["uri"] for model in clearml.state.models.values()}
     kept = {f"{clearml.files_url}/{path}" for path in clearml.state.files if "/models/" in path}
     assert kept == used
+
+
+def test_a_disk_that_is_away_removes_nothing(
+    lab: Lab, clearml: ClearMLServer, server: Server
+) -> None:
+    """Of a folder that is not there nothing is known."""
+    run = trained(lab)
+    synced(run, server)
+    there_before = dict(clearml.state.models), dict(clearml.state.files)
+    run.checkpoints_folder.rename(run.folder / "elsewhere")
+    synced(run, server)
+    models = [path for path in clearml.state.files if "/models/" in path]
+    assert (clearml.state.models, clearml.state.files.keys() >= set(models)) == (
+        there_before[0],
+        True,
+    )
+    assert set(models) == {path for path in there_before[1] if "/models/" in path}
+
+
+def test_a_file_of_two_models_stays_for_the_other(
+    lab: Lab, clearml: ClearMLServer, server: Server
+) -> None:
+    """The best checkpoint that is the last one too is one file there."""
+    run = trained(lab)
+    for suffix in (".ckpt", ".json"):
+        shutil.copy(
+            run.checkpoint("last").with_suffix(suffix), run.checkpoints_folder / f"x{suffix}"
+        )
+    synced(run, server)
+    uris = {model["name"]: model["uri"] for model in clearml.state.models.values()}
+    assert uris["x"] == uris["last"]
+    for suffix in (".ckpt", ".json"):
+        (run.checkpoints_folder / f"x{suffix}").unlink()
+    found = synced(run, server)
+    assert found.differences == [] and "last" in found.models
+    assert "x" not in {model["name"] for model in clearml.state.models.values()}
+
+
+@pytest.mark.parametrize("names", [["--all", "x"], []], ids=["both", "neither"])
+def test_runs_are_named_or_all_are_meant(lab: Lab, names: list[str]) -> None:
+    """One of the two."""
+    result = lab.command("sync", *names)
+    assert result.code == ExitCode.USAGE, result.err
 
 
 def test_no_secret_leaves_the_machine(lab: Lab, clearml: ClearMLServer, server: Server) -> None:

@@ -70,11 +70,11 @@ class Online:
     def train(self, *words: str) -> Result:
         return self.run("train", self.lab.path, *words)
 
-    def with_fault(self, fault: Callable[[], None]) -> tuple[Result, float]:
+    def with_fault(
+        self, fault: Callable[[], None], limit: str = "--upload-timeout=4"
+    ) -> tuple[Result, float]:
         """Train, with a fault from the sixth step on; return also how long the end took."""
-        with self.start(
-            "train", self.lab.path, "--upload-timeout=4", GATE=str(self.gate)
-        ) as process:
+        with self.start("train", self.lab.path, limit, GATE=str(self.gate)) as process:
             self.wait_for(self.gate.with_suffix(".reached").exists)
             self.wait_for(lambda: any(self.server.state.events.values()))
             fault()
@@ -239,6 +239,30 @@ def test_keys_go_to_the_server_that_they_are_for(
     assert f"CLEARML_API_HOST {told}" in result.err and not lab.runs
 
 
+def test_a_key_without_its_secret_is_named(lab: Lab, warm: Warm) -> None:
+    """Nothing is asked with half of the credentials."""
+    keys = {"CLEARML_API_HOST": "http://127.0.0.1:9", "CLEARML_API_ACCESS_KEY": "key"}
+    result = lab.command("train", lab.path, "--online", python=warm.python, **keys)
+    assert result.code == ExitCode.NO_TRACKING
+    assert "no secret key" in result.err and not lab.runs
+
+
+def test_an_address_of_something_else_is_told(online: Online) -> None:
+    """Such as that of the file server."""
+    result = online.run(
+        "train", online.lab.path, "--online", CLEARML_API_HOST=online.server.files_url
+    )
+    assert result.code == ExitCode.NO_TRACKING
+    assert "CLEARML_API_HOST is the address of the API server" in result.err and not online.lab.runs
+
+
+def test_a_dev_run_cannot_be_tracked(online: Online) -> None:
+    """Who asks for both is told so."""
+    result = online.run("train", online.lab.path, "--online", "--dev-run", "1")
+    assert result.code == ExitCode.USAGE
+    assert "--dev-run and --online contradict each other" in result.err
+
+
 def test_a_silence_is_told_once() -> None:
     """After ten minutes without a scalar, and again after the next."""
     silence = Silence(0.0)
@@ -293,6 +317,33 @@ def test_a_server_that_is_lost_in_the_middle(online: Online, fault: Fault) -> No
     online.check_whole(online.lab.run())
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(HANG, marks=pytest.mark.slow),
+        DROP,
+        *(
+            pytest.param(fault, marks=pytest.mark.slow)
+            for fault in (ERROR500, UNAUTHORIZED, slow(60.0))
+        ),
+    ],
+    ids=lambda fault: str(fault.kind),
+)
+def test_a_server_that_is_lost_at_the_very_end(online: Online, fault: Fault) -> None:
+    """All is there but how the run ended: that is waited for no longer than the default limit."""
+
+    def lose() -> None:
+        online.server.fault = fault.only(lambda endpoint: endpoint == "tasks.completed")
+
+    result, end_s = online.with_fault(lose, "--upload-timeout=10")
+    assert result.code == 0, result.err
+    assert end_s < 12 and "torch-lab sync" in result.err
+    assert online.task()["status"] == "in_progress"
+    online.server.heal()
+    online.check_whole(online.lab.run())
+    assert online.task()["status"] == "completed"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [REFUSE, HANG], ids=lambda fault: str(fault.kind))
 def test_a_file_server_that_is_lost(online: Online, fault: Fault) -> None:
@@ -335,13 +386,7 @@ def test_a_kill_in_the_middle_of_an_upload(online: Online) -> None:
     online.server.files_fault = slow(20.0).only(uploads)
     with online.start("train", online.lab.path, GATE=str(online.gate)) as process:
         online.wait_for(online.gate.with_suffix(".reached").exists)
-        online.wait_for(
-            lambda: (
-                any(uploads(each.path) or each.path == "" for each in online.server.state.requests)
-                or True
-            )
-        )
-        time.sleep(2.5)
+        online.wait_for(lambda: any(uploads(each.path) for each in online.server.state.requests))
         process.kill()
         process.communicate()
     run = online.lab.run()
@@ -402,13 +447,14 @@ def test_an_abort_from_the_web_saves_a_checkpoint(online: Online) -> None:
         online.wait_for(online.gate.with_suffix(".reached").exists)
         online.wait_for(lambda: online.server.state.tasks)
         online.task()["status"], online.task()["status_message"] = "stopped", "aborted by somebody"
-        read_until(process, "was stopped on the ClearML server")
+        read_until(process, "stopped on the ClearML server: aborted by somebody")
         online.gate.touch()
         process.communicate(timeout=60)
     assert process.returncode == ExitCode.TERMINATED
     sidecar = online.lab.run().sidecar("last")
     assert sidecar is not None and sidecar["step"] == 6
-    assert online.task()["status"] == "stopped"
+    told = online.task()["status"], online.task()["status_message"]
+    assert told == ("stopped", "stopped on the ClearML server: aborted by somebody")
 
 
 def test_a_failure_is_told(online: Online) -> None:

@@ -414,12 +414,12 @@ def source_of(hparams: Hparams, *, trust: bool = False, in_full: bool = False) -
         CheckpointError: There is no such run or checkpoint, or it is of another experiment.
         DamagedError: It is damaged, and so is what there is to fall back to.
     """
-    if hparams.checkpoint.checkpoint_task_id is None:
-        return None
     section = hparams.checkpoint
+    if section.checkpoint_task_id is None:
+        return None
     try:
         return find_source(
-            str(section.checkpoint_task_id),
+            section.checkpoint_task_id,
             section.checkpoint_name,
             project_root(hparams.path),
             trust=trust,
@@ -491,7 +491,7 @@ class _Search:
         name = self._name_in(run)
         candidates = [_LAST, _PREVIOUS] if name == _LAST else [name]
         if not any(run.checkpoint(candidate).is_file() for candidate in candidates):
-            names = _names_in(run)
+            names = sorted(run.checkpoint_names())
             raise CheckpointError(
                 f"run {run.name} has no checkpoint {name!r}{did_you_mean(name, names)}",
                 f"it has: {', '.join(names) or 'none'}",
@@ -507,7 +507,7 @@ class _Search:
         """Return the checkpoint of a run that the project has not; `missing` says so."""
         server, why = access().server()
         if server is None:
-            raise CheckpointError(f"{missing.message}; {why}", missing.hint)
+            raise CheckpointError(f"{missing.message} ({why})", missing.hint)
         return self._downloaded(server, find_remote(server, self.wanted, self.name))
 
     def _downloaded(self, server: Server, remote: Remote, run: Run | None = None) -> Source:
@@ -534,7 +534,7 @@ class _Search:
     def _same_here(self, run: Run, remote: Remote) -> Source | None:
         """Return the copy in the run's folder that is what the server has, or is newer."""
         # `best` and `last` may be the same file.
-        for name in sorted(_names_in(run), key=lambda name: name != remote.name):
+        for name in sorted(run.checkpoint_names(), key=lambda name: (name != remote.name, name)):
             sidecar = run.sidecar(name) or {}
             if remote.sha256 is not None and sidecar.get("sha256") == remote.sha256:
                 with contextlib.suppress(DamagedError):
@@ -546,10 +546,6 @@ class _Search:
                 log.info("%s is newer here, at step %d, than on ClearML", remote, step)
                 return self._of_run(run)
         return None
-
-
-def _names_in(run: Run) -> list[str]:
-    return sorted(item.stem for item in run.checkpoints_folder.glob("[!.]*.ckpt"))
 
 
 def note_child(source: Source, child: Run) -> None:

@@ -94,10 +94,18 @@ class Console:
         if not self.quiet:
             print_rows(rows, sys.stdout)
 
-    def progress(self, text: str) -> None:
-        """Show `text` in a terminal, in place of what this showed before."""
+    def progress(self, text: str, fraction: float) -> None:
+        """Show a bar in a terminal and `text` beside it, in place of what this showed before."""
         if not self.quiet and sys.stderr.isatty():
-            print(f"{_ERASE_LINE}{text}", end="", file=sys.stderr, flush=True)
+            from torch_lab.callbacks.progress import BAR_CELLS, bar
+
+            line = f"{bar(fraction, BAR_CELLS, sys.stderr)}  {text}"
+            print(f"{_ERASE_LINE}{line}", end="", file=sys.stderr, flush=True)
+
+    def no_progress(self) -> None:
+        """Remove the bar that was shown last."""
+        if not self.quiet and sys.stderr.isatty():
+            print(_ERASE_LINE, end="", file=sys.stderr, flush=True)
 
     def result(self, text: str) -> None:
         """Show `text` on stdout."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from torch_lab.errors import listed
 from torch_lab.transforms import BaseTransform, Metadata, as_transform
 
 __all__ = ["ArrayDataset", "BaseDataset"]
@@ -321,5 +322,4 @@ def _first(value: Any) -> Any:
 def _named(indices: Indices) -> str:
     if len(indices) == 1:
         return f"sample {indices[0]}"
-    more = f" and {len(indices) - _NAMED_SAMPLES} more" if len(indices) > _NAMED_SAMPLES else ""
-    return f"samples {', '.join(map(str, indices[:_NAMED_SAMPLES]))}{more}"
+    return f"samples {listed(indices, _NAMED_SAMPLES)}"

@@ -209,14 +209,13 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def listed(things: Iterable[object], most: int = 3, separator: str = ", ") -> str:
+def listed(things: Iterable[object], most: int = 3) -> str:
     """Return the first of `things` in words, and how many more there are: `"a, b, c and 2 more"`.
 
     Args:
         things: What to name.
         most: How many of them at most.
-        separator: What stands between them.
     """
     words = [str(thing) for thing in things]
     more = f" and {len(words) - most} more" if len(words) > most else ""
-    return separator.join(words[:most]) + more
+    return ", ".join(words[:most]) + more

@@ -121,6 +121,7 @@ class Mirror:
         self.progress = Progress.of(run.folder)
         self._lock = threading.Lock()
         self._console_is_known = False
+        self._digests: dict[Path, tuple[tuple[int, int, int], str]] = {}
         if (self.progress.server, self.progress.task) != (server.address.api, task):
             self.progress = Progress(server=server.address.api, task=task)
 
@@ -141,6 +142,23 @@ class Mirror:
             if models.get(name) != model["sha256"]:
                 model["sha256"] = ""
         self.save()
+
+    def unsent(self) -> int:
+        """Return how many bytes of checkpoints and logs the task has not."""
+        progress, run = self.progress, self.run
+        sidecars = [(name, run.sidecar(name) or {}) for name in run.checkpoint_names()]
+        # The best may be the last, and is sent once then.
+        sizes = {
+            sidecar.get("sha256"): sidecar.get("size", 0)
+            for name, sidecar in sidecars
+            if name != "previous"
+            and progress.models.get(name, {}).get("sha256") != sidecar.get("sha256")
+        }
+        logs = sum(
+            path.stat().st_size - progress.files.get(name, 0)
+            for name, path in event_files(run.metrics_folder)
+        )
+        return int(sum(sizes.values())) + logs
 
     # What is logged.
 
@@ -163,10 +181,11 @@ class Mirror:
 
     def _send_scalars(self) -> None:
         for name, path in event_files(self.run.metrics_folder):
-            while True:
-                start = self.progress.files.get(name, 0)
-                # Who goes on with a run cuts the files back.
-                start = min(start, path.stat().st_size)
+            # What is written meanwhile is for the next time, or this might never end. Who goes on
+            # with a run cuts the files back.
+            size = path.stat().st_size
+            start = min(self.progress.files.get(name, 0), size)
+            while start < size:
                 points, end = points_in(self.run.metrics_folder, name, start)
                 if end == start:
                     break
@@ -174,7 +193,7 @@ class Mirror:
                 each = list({(point.tag, point.step): point for point in points}.values())
                 for first in range(0, len(each), _EVENTS_AT_ONCE):
                     self._send_points(each[first : first + _EVENTS_AT_ONCE])
-                self.progress.files[name] = end
+                self.progress.files[name] = start = end
 
     def _send_points(self, points: list[Point]) -> None:
         finite = [point for point in points if math.isfinite(point.value)]
@@ -206,7 +225,7 @@ class Mirror:
         words = [f"{tag} is {point.value} at step {point.step}" for tag, point in first.items()]
         text = f"not sent: {'; '.join(words)}\n"
         self.server.add_events([self._log_event(text, "nan", next(iter(first.values())).time_ms)])
-        tags = self.server.call("tasks.get_by_id", task=self.task)["task"].get("tags") or []
+        tags = self.server.task(self.task).get("tags") or []
         if "nan" not in tags:
             self.server.call("tasks.edit", task=self.task, force=True, tags=[*tags, "nan"])
         self.progress.not_finite |= {tag: point.step for tag, point in first.items()}
@@ -261,10 +280,9 @@ class Mirror:
     def _send_plots(self) -> None:
         for path in sorted(self.run.plots_folder.glob("*.png")):
             try:
-                content = path.read_bytes()
+                digest = self._digest(path)
             except OSError:  # It is being replaced.
                 continue
-            digest = hashlib.sha256(content).hexdigest()
             if self.progress.plots.get(path.name) == digest:
                 continue
             url = self._url("plots", f"{path.stem}.{digest[:8]}.png")
@@ -273,6 +291,14 @@ class Mirror:
             self.server.add_events([self._plot(path, url)])
             self.progress.plots[path.name] = digest
             self.sent.plots += 1
+
+    def _digest(self, path: Path) -> str:
+        """Return the sha256 of a file, which is read again only if it was replaced."""
+        found = path.stat()
+        stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+        if self._digests.get(path, (None, ""))[0] != stamp:
+            self._digests[path] = (stamp, sha256_of(path))
+        return self._digests[path][1]
 
     def _plot(self, path: Path, url: str) -> dict[str, Any]:
         name, _, epoch = path.stem.partition("-epoch_")
@@ -407,7 +433,7 @@ class Mirror:
 
     def _model_on_server(self, server: Server, name: str) -> dict[str, str] | None:
         """Return the model that a mirror made before it was killed, if it did."""
-        task = server.call("tasks.get_by_id", task=self.task)["task"]
+        task = server.task(self.task)
         for output in (task.get("models") or {}).get("output", []):
             if output.get("name") == name:
                 found = server.call("models.get_by_id", model=output["model"])["model"]
@@ -437,7 +463,7 @@ class Mirror:
 
     def _has_queued_code(self) -> bool:
         """Return whether the task's script is that of a queued run, which may be queued again."""
-        task = self.server.call("tasks.get_by_id", task=self.task)["task"]
+        task = self.server.task(self.task)
         return MARK in str((task.get("script") or {}).get("diff") or "")
 
     def _tell(self, record: Mapping[str, Any]) -> None:
@@ -454,11 +480,9 @@ class Mirror:
         self.server.call("tasks.edit_configuration", **of_task, configuration=objects)
         self.server.call("tasks.edit", **of_task, comment=record["comment"])
 
-    def set_parent(self, parent: str | None) -> None:
+    def set_parent(self, parent: str) -> None:
         """Make another task the parent of this one, if it is not yet."""
-        if parent is None:
-            return
-        told = self.server.call("tasks.get_by_id", task=self.task)["task"]
+        told = self.server.task(self.task)
         if told.get("parent") != parent:
             self.server.call("tasks.edit", task=self.task, force=True, parent=parent)
             self.sent.records += 1
@@ -469,7 +493,7 @@ class Mirror:
         for path in (self.run.folder / "untracked.zip", self.run.folder / "run.json"):
             if not path.is_file() or (path.name == "run.json" and not self.run.record.ended):
                 continue
-            digest = sha256_of(path)
+            digest = self._digest(path)
             if self.progress.artifacts.get(path.stem) == digest:
                 continue
             url = self._url("artifacts", path.stem, path.name)
@@ -494,7 +518,7 @@ class Mirror:
         """
         server = server or self.server
         record, state = self.run.record, self.run.state
-        told = server.call("tasks.get_by_id", task=self.task)["task"]
+        told = server.task(self.task)
         status = _STATUS.get(state)
         if status is None or (
             told.get("status") == status and (told.get("status_message") or "") == _message(record)

@@ -18,7 +18,7 @@ from torch_lab.bootstrap import EXTRA, environment, unpack
 from torch_lab.errors import ScriptError, UserError, did_you_mean, listed
 from torch_lab.files import sha256_of
 from torch_lab.redaction import masked_diff
-from torch_lab.runs import CODE_FILE, artifacts_folder, code_state
+from torch_lab.runs import CODE_FILE, code_state, is_made_here
 from torch_lab.untracked import is_secret_file, zip_entry
 from torch_lab.utils import shown
 
@@ -70,8 +70,7 @@ def project_files(root: Path) -> list[str]:
     """
     found = _known_to_git(root)
     names = _walked(root) if found is None else found
-    runs = artifacts_folder(Path()).as_posix() + "/"
-    return sorted({name for name in names if not name.startswith(runs)})
+    return sorted({name for name in names if not is_made_here(name)})
 
 
 def _known_to_git(root: Path) -> list[str] | None:

@@ -62,7 +62,7 @@ class AgentTask:
         if task is None:
             return None
         server = found_server()
-        return cls(task, server, server.call("tasks.get_by_id", task=task)["task"])
+        return cls(task, server, server.task(task))
 
     # Hparams.
 
@@ -158,7 +158,7 @@ class AgentTask:
             raise
 
     def _tell(self, error: BaseException) -> None:
-        status = self.server.call("tasks.get_by_id", task=self.id)["task"].get("status")
+        status = self.server.task(self.id).get("status")
         if status not in ("in_progress", "queued", "created"):
             return
         hint = f"; {error.hint}" if isinstance(error, TorchLabError) and error.hint else ""

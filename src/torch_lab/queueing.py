@@ -27,7 +27,7 @@ from torch_lab.errors import (
 from torch_lab.experiment import Experiment
 from torch_lab.packing import Packed, is_checkout, pack, verify
 from torch_lab.redaction import masked
-from torch_lab.runs import Run, encoded, runs_of
+from torch_lab.runs import Run, encoded, runs_of, unversioned
 from torch_lab.server import Server, file_url
 from torch_lab.signals import stopping_on_signals
 from torch_lab.sync import create_task
@@ -113,7 +113,7 @@ def _id_of(server: Server, name: str) -> str:
     }
     if name not in queues:
         raise UserError(
-            f"--queue {name}: there is no such queue{did_you_mean(name, queues)}",
+            f"--queue {name!r}: there is no such queue{did_you_mean(name, queues)}",
             f"queues there: {', '.join(sorted(queues)) or 'none'}",
         )
     return queues[name]
@@ -210,7 +210,7 @@ def _name(run: Run, base_name: str, version: int) -> None:
 
 def _settle_name(server: Server, run: Run, task: str) -> None:
     """Take another version as long as an earlier task of another machine has it."""
-    base_name = run.record.name.removesuffix(f"-v{run.record.version}")
+    base_name = unversioned(run.record.name)
     while not is_first(server, run, task):
         _name(run, base_name, highest_version(server, project_of(run), base_name) + 1)
         server.call("tasks.edit", task=task, name=task_name(run), force=True)

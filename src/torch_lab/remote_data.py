@@ -139,10 +139,13 @@ def _fetched(cache: Path, dataset: str) -> _Version:
     shutil.rmtree(new, ignore_errors=True)
     for path in (parts, new):
         path.mkdir(exist_ok=True)
-    _fill(server, new, parts, _files(server, task, parts))
+    files = _files(server, task, parts)
+    _fill(server, new, parts, files)
     shutil.rmtree(cache / dataset, ignore_errors=True)
     new.rename(cache / dataset)
-    found.files = dict(_described(cache / dataset))
+    found.files = {
+        name: _described(cache / dataset / name, file.sha256) for name, file in files.items()
+    }
     with written_whole(cache / f"{dataset}.json") as file:
         file.write_text(json.dumps(asdict(found), indent=2), encoding="utf-8")
     shutil.rmtree(parts)
@@ -252,11 +255,9 @@ def _written(archive: ZipFile, name: str, path: Path) -> str:
     return digest.hexdigest()
 
 
-def _described(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in _all_files(folder):
-        size, time_ns = _stamp(path)
-        told = {"sha256": sha256_of(path), "size": size, "time_ns": time_ns}
-        yield path.relative_to(folder).as_posix(), told
+def _described(path: Path, digest: str) -> dict[str, Any]:
+    size, time_ns = _stamp(path)
+    return {"sha256": digest, "size": size, "time_ns": time_ns}
 
 
 def _all_files(folder: Path) -> Iterable[Path]:

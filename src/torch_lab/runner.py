@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,8 @@ def train(
         NonFiniteError: The loss became NaN or infinite.
         Interrupted: A signal asked the run to end.
     """
-    if resume is not False and dev_run is not None:
-        raise UserError("--dev-run and --resume contradict each other: a dev run leaves nothing")
+    if dev_run is not None:
+        _check_leaves_nothing({"--resume": resume is not False, "--online": tracking == "online"})
     task = AgentTask.of_process() if tracking != "offline" and dev_run is None else None
     with task.told_of_failures() if task else contextlib.nullcontext():
         experiment, edited, resume = _as_queued(task, _loaded(path), resume)
@@ -120,6 +120,14 @@ def train(
             edited=edited,
         )
         return train_with(experiment, options, as_json=as_json)
+
+
+def _check_leaves_nothing(given: Mapping[str, bool]) -> None:
+    for option, is_given in given.items():
+        if is_given:
+            raise UserError(
+                f"--dev-run and {option} contradict each other: a dev run leaves nothing"
+            )
 
 
 def _as_queued(
@@ -164,15 +172,14 @@ def _sent(training: Training, console: Console) -> Iterator[None]:
         yield
     finally:
         tracking, run = training.tracking, training.run
-        is_new = training.options.resume is None and not training.has_trained
-        if tracking is not None and is_new and not run.folder.is_dir():
+        if tracking is not None and training.is_untouched and not run.folder.is_dir():
             tracking.discard()
         elif tracking is not None:
             complete = False
             # Whoever interrupts this does not want to wait.
             with contextlib.suppress(Interrupted):
                 complete = tracking.end(training.options.upload_limit_s, console.progress)
-            console.progress("")
+            console.no_progress()
             if not complete:
                 log.warning("ClearML has not got all: torch-lab sync %s sends the rest", run.name)
 
@@ -302,22 +309,19 @@ def infer(
         how = {"return_predictions": return_predictions, **hparams.trainer.predict}
         callbacks = [*components.callbacks, *given_callbacks(hparams)]
         trainer = build_trainer(hparams, callbacks, experiment.root)
-        files = _written_by(callbacks, how)
+        _warn_if_nothing_is_kept(callbacks, how)
         with _known_failures_as_ours(experiment, loaders):
             predictions = trainer.predict(components.module, predicted, **how)
             leave_process_group()
-        _show_files(console, files(), as_json=as_json)
-    return Inference(files(), predictions if how["return_predictions"] else None)
+        files = tuple(each.path for each in callbacks if isinstance(each, PredictionWriter))
+        _show_files(console, files, as_json=as_json)
+    return Inference(files, predictions if how["return_predictions"] else None)
 
 
-def _written_by(
-    callbacks: Sequence[pl.Callback], how: Mapping[str, Any]
-) -> Callable[[], tuple[Path, ...]]:
-    """Return what tells afterwards which files were written; warn if nothing is to be kept."""
-    writers = [each for each in callbacks if isinstance(each, BasePredictionWriter)]
-    if not how["return_predictions"] and not writers:
+def _warn_if_nothing_is_kept(callbacks: Sequence[pl.Callback], how: Mapping[str, Any]) -> None:
+    is_written = any(isinstance(each, BasePredictionWriter) for each in callbacks)
+    if not how["return_predictions"] and not is_written:
         log.warning("no prediction writer is among the callbacks: predictions will be lost")
-    return lambda: tuple(each.path for each in writers if isinstance(each, PredictionWriter))
 
 
 def _show_files(console: Console, files: Sequence[Path], *, as_json: bool) -> None:
@@ -360,8 +364,7 @@ def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterat
         if not training.has_folder:
             raise
         error = failure_elsewhere(run, raised) or _interruption(raised, stop) or raised
-        is_new = training.options.resume is None and not training.has_trained
-        if isinstance(error, (UserError, TrackingError)) and is_new:
+        if isinstance(error, (UserError, TrackingError)) and training.is_untouched:
             run.discard()
             raise error from None
         console.keep(rendered(error))
@@ -369,7 +372,7 @@ def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterat
             training.keep_metrics()
         state = "stopped" if isinstance(error, Interrupted) else "failed"
         try:
-            run.close(state, training.metrics, reason=_reason(error))
+            run.close(state, training.metrics, reason=_reason(error, training.abort))
         except OSError as failure:  # Such as the full disk that ended the run.
             log.error("%s cannot be written: %s", shown(run.folder), failure.strerror)
         console.header(closing_rows(run))
@@ -407,8 +410,10 @@ def _interruption(error: BaseException, stop: StopRequest) -> Interrupted | None
     return seen
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, abort: str) -> str:
     """Return what went wrong in a line; the message of a worker's error is a whole traceback."""
+    if abort and isinstance(error, Interrupted):
+        return abort
     lines = str(error).strip().splitlines()
     first_and_last = dict.fromkeys([*lines[:1], *lines[-1:]])
     told = f"{type(error).__name__}: {' … '.join(line.strip() for line in first_and_last)}"

@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from torch_lab.errors import CheckpointError, UserError, did_you_mean
+from torch_lab.errors import CheckpointError, UserError, did_you_mean, listed
 from torch_lab.files import written_whole
 from torch_lab.processes import FolderLock, is_alive, process_started
 from torch_lab.redaction import masked, masked_arguments, masked_diff, masked_script, masked_text
@@ -47,12 +47,14 @@ __all__ = [
     "decoded",
     "encoded",
     "find_run",
+    "is_made_here",
     "latest_unfinished",
     "plain_name",
     "project_root",
     "runs_of",
     "untracked_files",
     "unversioned",
+    "version_in",
 ]
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,12 @@ def artifacts_folder(root: Path) -> Path:
 def unversioned(name: str) -> str:
     """Return the name of a run without its version."""
     return _VERSION.sub("", name)
+
+
+def version_in(name: str, base_name: str) -> int | None:
+    """Return the version in the name of a run or its task, if it is one of `base_name`."""
+    match = re.match(re.escape(base_name) + r"-v(\d+)(-|$)", name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -139,9 +147,13 @@ def untracked_files(root: Path, code: CodeState) -> list[str]:
     """Return the files below `root` that git does not know; those of runs and caches are none."""
     if not code.untracked:
         return []
-    found = _git(root, "ls-files", "--others", "--exclude-standard", "-z").decode(errors="replace")
-    ours = (f"{artifacts_folder(Path()).as_posix()}/", "data/cache/")
-    return [name for name in found.split("\0") if name and not name.startswith(ours)]
+    found = os.fsdecode(_git(root, "ls-files", "--others", "--exclude-standard", "-z"))
+    return [name for name in found.split("\0") if name and not is_made_here(name)]
+
+
+def is_made_here(name: str) -> bool:
+    """Return whether a path in a project is that of a run, or of what was downloaded for one."""
+    return name.startswith((f"{artifacts_folder(Path()).as_posix()}/", "data/cache/"))
 
 
 def _git(root: Path, *arguments: str) -> bytes:
@@ -588,7 +600,7 @@ def find_run(artifacts: Path, wanted: str, having: str) -> Run:
     raise CheckpointError(
         f"there is no run {wanted!r} in {shown(artifacts)}"
         f"{did_you_mean(wanted, base_names | set(names))}",
-        f"runs there: {', '.join(sorted(base_names)[:8]) or 'none'}",
+        f"runs there: {listed(sorted(names), 8) or 'none'}",
     )
 
 

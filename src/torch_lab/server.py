@@ -56,6 +56,7 @@ class Server:
     def __init__(self, address: Address, limit_s: float = 5.0) -> None:
         self.address = address
         self.limit_s = limit_s
+        self._form: _Form | None = None
         self._session = requests.Session()
         self._token = address.token
 
@@ -118,6 +119,11 @@ class Server:
             return None
         return str(self.call("projects.create", name=name, description="")["id"])
 
+    def task(self, task: str) -> dict[str, Any]:
+        """Return all that the server tells of the task of an id; errors are those of `call`."""
+        told: dict[str, Any] = self.call("tasks.get_by_id", task=task)["task"]
+        return told
+
     def has_task(self, task: str) -> bool:
         """Return whether there is a task of that id."""
         return any(self.every("tasks.get_all", "tasks", id=[task], only_fields=["id"]))
@@ -162,10 +168,13 @@ class Server:
             ServerError: It refuses, or has another number of bytes afterwards.
         """
         parts = urlsplit(url)
-        form = _Form(parts.path.lstrip("/"), file, size)
+        form = self._form = _Form(parts.path.lstrip("/"), file, size)
         headers = {"Content-Type": form.content_type, "Content-Length": str(form.length)}
         target = f"{parts.scheme}://{parts.netloc}/"
-        answer = self._request("POST", target, data=form, headers=headers | self._bearer())
+        try:
+            answer = self._request("POST", target, data=form, headers=headers | self._bearer())
+        finally:
+            self._form = None
         if not answer.ok:
             raise _refusal(answer, f"the upload of {parts.path}")
         stored = self._request("HEAD", url, headers=self._bearer())
@@ -173,6 +182,12 @@ class Server:
         if not stored.ok or (length is not None and int(length) != size):
             raise ServerError(f"{url} has {length} bytes after an upload of {size}")
         return form.sha256.hexdigest()
+
+    @property
+    def in_flight(self) -> int:
+        """How many bytes were sent of the file that another thread is uploading."""
+        form = self._form
+        return form.sent if form else 0
 
     def read(self, url: str, start: int = 0) -> Iterator[bytes]:
         """Yield the content of a file on the file server, from the byte `start` on.
@@ -311,16 +326,16 @@ class _Form:
         self._size = size
         self.length = len(self._head) + size + len(self._tail)
         self.sha256 = hashlib.sha256()
+        self.sent = 0
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[bytes]:
         yield self._head
-        left = self._size
-        while left and (chunk := self._file.read(min(_CHUNK, left))):
+        while chunk := self._file.read(min(_CHUNK, self._size - self.sent)):
             self.sha256.update(chunk)
-            left -= len(chunk)
+            self.sent += len(chunk)
             yield chunk
         yield self._tail
 

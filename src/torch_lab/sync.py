@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import socket
@@ -79,13 +80,12 @@ def to_sync(artifacts: Path, names: Iterable[str], *, everything: bool) -> list[
         CheckpointError: There is no such run.
         UserError: Neither names nor all are given.
     """
-    if everything:
-        runs = [run for run in _all_runs(artifacts) if not _is_trained_here(run)]
-    else:
-        runs = [find_run(artifacts, name, having="last") for name in names]
-    if not runs and not everything:
+    named = [find_run(artifacts, name, having="last") for name in names]
+    if bool(named) == everything:
         raise UserError("which runs? name them, or give --all")
-    by_id = {run.record.id: run for run in _all_runs(artifacts)} if runs else {}
+    known = _all_runs(artifacts)
+    runs = [run for run in known if not _is_trained_here(run)] if everything else named
+    by_id = {run.record.id: run for run in known}
     ordered: dict[str, Run] = {}
     for run in runs:
         for each in reversed(list(_ancestry(run, by_id))):
@@ -93,7 +93,7 @@ def to_sync(artifacts: Path, names: Iterable[str], *, everything: bool) -> list[
     return list(ordered.values())
 
 
-def _all_runs(artifacts: Path) -> Iterator[Run]:
+def _all_runs(artifacts: Path) -> list[Run]:
     found = []
     for record in artifacts.glob("*/run.json"):
         try:
@@ -102,7 +102,7 @@ def _all_runs(artifacts: Path) -> Iterator[Run]:
             log.warning("%s", error)
     # A dev run leaves nothing to look at.
     kept = [run for run in found if not run.name.startswith("dev_")]
-    return iter(sorted(kept, key=lambda run: run.record.started))
+    return sorted(kept, key=lambda run: run.record.started)
 
 
 def _is_trained_here(run: Run) -> bool:
@@ -157,9 +157,9 @@ def _send(mirror: Mirror, say: Callable[[str], None]) -> None:
     run = mirror.run
     say(f"{run.name}: what it logged")
     mirror.describe()
-    mirror.set_parent(parent_task(run))
-    while mirror.send_logged():
-        pass
+    if (parent := parent_task(run)) is not None:
+        mirror.set_parent(parent)
+    mirror.send_logged()
     mirror.send_artifacts()
     say(f"{run.name}: checkpoints")
     mirror.send_checkpoints()
@@ -230,19 +230,23 @@ def _verified(mirror: Mirror) -> Synced:
             found.differences.append(f"{'/'.join(name)}: {words}")
         elif any(not math.isclose(own[step], other[step], rel_tol=1e-6) for step in own):
             found.differences.append(f"{'/'.join(name)}: other values there")
+    # The best may be the last, and is one file then.
+    digest_of = functools.cache(mirror.server.sha256)
     for checkpoint in mirror.run.checkpoint_names() - {"previous"}:
-        _verify_model(mirror, checkpoint, found)
+        _verify_model(mirror, checkpoint, found, digest_of)
     return found
 
 
-def _verify_model(mirror: Mirror, name: str, found: Synced) -> None:
+def _verify_model(
+    mirror: Mirror, name: str, found: Synced, digest_of: Callable[[str], str]
+) -> None:
     """Read a checkpoint back, and note its sha256 there, and what differs."""
     model, sidecar = mirror.progress.models.get(name), mirror.run.sidecar(name)
     if model is None or sidecar is None:
         found.differences.append(f"{name}: not sent, as it is damaged here")
         return
     try:
-        found.models[name] = mirror.server.sha256(model["uri"])
+        found.models[name] = digest_of(model["uri"])
     except UnreachableError:
         raise
     except ServerError:

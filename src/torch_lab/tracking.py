@@ -1,4 +1,4 @@
-"""A run's task on a ClearML server, while the run is trained: the only file that knows the SDK.
+"""A run's task on a ClearML server, made by the SDK, while the run is trained.
 
 The SDK makes the task, so that `Task.current_task()` and captured figures work; what the run logs
 and writes is sent by the run's mirror, from threads of its own. Nothing here is waited for longer
@@ -22,14 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from torch_lab.errors import (
-    ServerError,
-    TrackingError,
-    UnreachableError,
-)
+from torch_lab.errors import ServerError, TrackingError, UnreachableError
 from torch_lab.mirror import Mirror
 from torch_lab.processes import ENDLESS
-from torch_lab.runs import Run, unversioned
+from torch_lab.runs import Run, unversioned, version_in
 from torch_lab.server import Address, Server
 from torch_lab.task_record import parent_task, project_of, task_name
 
@@ -47,6 +43,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_REFUSED_KEYS: Final = (401, 403)
 _ANSWER_S: Final = 5.0
 _INIT_S: Final = 8.0
 _CLOSE_S: Final = 3.0
@@ -55,20 +52,24 @@ _BETWEEN_SENDS_S: Final = 2.0
 _BETWEEN_TRIES_S: Final = 15.0
 _BETWEEN_LAST_TRIES_S: Final = 0.5
 _BETWEEN_LOOKS_S: Final = 5.0
+_BETWEEN_SHOWS_S: Final = 0.5
 _SILENCE_S: Final = 600.0
 _FRAMEWORKS: Final = dict.fromkeys(
     (
-        *(
-            "pytorch",
-            "tensorboard",
-            "tensorflow",
-            "tfdefines",
-            "hydra",
-            "joblib",
-            "scikit",
-            "gradio",
-        ),
-        *("megengine", "xgboost", "catboost", "fastai", "lightgbm", "detect_repository"),
+        "catboost",
+        "detect_repository",
+        "fastai",
+        "gradio",
+        "hydra",
+        "joblib",
+        "lightgbm",
+        "megengine",
+        "pytorch",
+        "scikit",
+        "tensorboard",
+        "tensorflow",
+        "tfdefines",
+        "xgboost",
     ),
     False,
 ) | {"matplotlib": True}
@@ -102,7 +103,11 @@ def found_server() -> Server:
     except UnreachableError as error:
         raise TrackingError(f"ClearML: {error.message}") from error
     except ServerError as error:
-        hint = "make new credentials in ClearML's web application, and run clearml-init"
+        hint = (
+            "make new credentials in ClearML's web application, and run clearml-init"
+            if error.code in _REFUSED_KEYS
+            else "CLEARML_API_HOST is the address of the API server, like http://clearml.lab:8008"
+        )
         raise TrackingError(f"ClearML: {error.message}", hint) from error
     return server
 
@@ -137,13 +142,21 @@ def _address() -> Address:
         )
     if not access_key and not token:
         raise TrackingError("ClearML has no credentials", "run clearml-init")
+    secret_key = setting("API_SECRET_KEY", "api.credentials.secret_key")
+    if not secret_key and not token:
+        raise TrackingError(
+            "ClearML has an access key, and no secret key", "set CLEARML_API_SECRET_KEY too"
+        )
+    if not setting("FILES_HOST", "api.files_server"):
+        files = Session.get_files_server_host()
+        log.warning("CLEARML_FILES_HOST is not set: checkpoints go to %s", files)
     try:
         return Address(
             api=Session.get_api_server_host(),
             files=Session.get_files_server_host(),
             web=Session.get_app_server_host(),
             access_key=access_key,
-            secret_key=setting("API_SECRET_KEY", "api.credentials.secret_key"),
+            secret_key=secret_key,
             token=token,
         )
     except ValueError as error:
@@ -185,13 +198,11 @@ def connected(mode: str) -> tuple[Server | None, str]:
     """Return the server, and if there is none why.
 
     Args:
-        mode: `auto`; `offline` to touch nothing of ClearML; `online` to insist on it.
+        mode: `auto`, or `online` to insist on it.
 
     Raises:
         TrackingError: It is insisted on, and not to be had.
     """
-    if mode == "offline":
-        return None, ""
     try:
         return found_server(), ""
     except TrackingError as error:
@@ -219,9 +230,7 @@ def highest_version(server: Server, project: str, base_name: str) -> int:
         only_fields=["name"],
         search_hidden=True,
     )
-    pattern = re.compile(re.escape(base_name) + r"-v(\d+)(-|$)")
-    matches = (pattern.match(str(task["name"])) for task in tasks)
-    return max((int(match[1]) for match in matches if match), default=0)
+    return max((version_in(str(task["name"]), base_name) or 0 for task in tasks), default=0)
 
 
 def task_of_agent() -> str | None:
@@ -233,9 +242,9 @@ def versions_taken(server: Server, run: Run) -> int:
     """Return the version below the one that a run shall have: below that of an agent's task."""
     base_name, task = run.record.name, task_of_agent()
     if task is not None:
-        name = str(server.call("tasks.get_by_id", task=task)["task"]["name"])
-        if match := re.match(re.escape(base_name) + r"-v(\d+)(-|$)", name):
-            return int(match[1]) - 1
+        name = str(server.task(task)["name"])
+        if version := version_in(name, base_name):
+            return version - 1
     return highest_version(server, project_of(run), base_name)
 
 
@@ -340,7 +349,7 @@ class Tracking:
         # The SDK prints where the task is, which the header says, to where results belong.
         in_time = threading.Event()
         in_time.set()
-        with _hooks_kept(), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
             try:
                 self.task = _within(_INIT_S, lambda: _opened_task(run, parent, in_time))
             except TimeoutError:
@@ -356,10 +365,12 @@ class Tracking:
             threading.Thread(target=self._upload, name="torch_lab-uploads", daemon=True),
         ]
         self._is_complete = {thread.name: False for thread in self._threads}
+        self._described = ""
         self._away: set[str] = set()
         self._told: set[str] = set()
         self._silence = Silence(time.monotonic())
-        self._was_aborted = False
+        self.abort = ""
+        """How the task was stopped on the server, if it was."""
         self._looked_at = 0.0
 
     @property
@@ -386,25 +397,32 @@ class Tracking:
         for thread in self._threads:
             thread.start()
 
-    def end(self, limit_s: float, show: Callable[[str], None]) -> bool:
+    def end(self, limit_s: float, show: Callable[[str, float], None]) -> bool:
         """Send what is left, and end the task as the run did; return whether all was sent.
 
         Args:
             limit_s: How long that may take, in seconds.
-            show: Told every now and then what is left.
+            show: Told every now and then what is left, and which part of it was sent.
         """
         until = time.monotonic() + limit_s
         self._deadline = until - min(_CLOSE_S, limit_s / 2)
         self._ends.set()
+        total = self.mirror.unsent()
         for thread in self._threads:
             while thread.is_alive() and (left := self._deadline - time.monotonic()) > 0:
-                thread.join(min(1.0, left))
+                thread.join(min(_BETWEEN_SHOWS_S, left))
                 if thread.is_alive():
-                    show(f"sending to ClearML, {max(0.0, until - time.monotonic()):.0f} s left")
+                    self._show_left(total, until, show)
         self._tell_end(until)
         _close(self.task, until)
         # The SDK has called it completed, whatever it was.
         return self._tell_end(until) and all(self._is_complete.values())
+
+    def _show_left(self, total: int, until: float, show: Callable[[str, float], None]) -> None:
+        left = max(0, self.mirror.unsent() - self._uploader.in_flight)
+        seconds = max(0.0, until - time.monotonic())
+        text = f"{left / 1e6:.1f} MB to go to ClearML, which is waited for {seconds:.0f} s more"
+        show(text, 1 - left / total if total > left else 0.0)
 
     def _tell_end(self, until: float) -> bool:
         """Set the state of the task, if that is possible in time."""
@@ -420,26 +438,26 @@ class Tracking:
     # In threads of their own.
 
     def _send(self) -> None:
-        name = threading.current_thread().name
-        self._until_done(name, self._send_once)
+        self._until_done(self._send_once)
 
-    def _send_once(self) -> bool:
-        self.mirror.describe()
-        while self.mirror.send_logged():
-            pass
+    def _send_once(self) -> None:
+        if self.run.record.state != self._described:
+            # Only its end changes what is said of a run.
+            self.mirror.describe()
+            self._described = self.run.record.state
+        self.mirror.send_logged()
         if self._silence.is_long(self.mirror.sent.scalars, time.monotonic()):
             minutes = _SILENCE_S / 60
             log.warning("nothing was logged for %.0f minutes: does the run hang?", minutes)
         self.mirror.send_artifacts()
         self._look_for_abort()
-        return True
 
     def _upload(self) -> None:
-        name = threading.current_thread().name
-        self._until_done(name, lambda: self.mirror.send_checkpoints(self._uploader) or True)
+        self._until_done(lambda: self.mirror.send_checkpoints(self._uploader))
 
-    def _until_done(self, name: str, step: Callable[[], bool]) -> None:
+    def _until_done(self, step: Callable[[], object]) -> None:
         """Repeat a step until the run ends, and once more; that it fails is told once."""
+        name = threading.current_thread().name
         wait_s = _BETWEEN_SENDS_S
         while True:
             ended = self._ends.wait(wait_s)
@@ -484,17 +502,19 @@ class Tracking:
     def _look_for_abort(self) -> None:
         """End the run by a signal, as a user would, if the task was stopped on the server."""
         now = time.monotonic()
-        if self._was_aborted or self._ends.is_set() or now - self._looked_at < _BETWEEN_LOOKS_S:
+        if self.abort or self._ends.is_set() or now - self._looked_at < _BETWEEN_LOOKS_S:
             return
         self._looked_at = now
         self.server.call("tasks.ping", task=self.id)
-        fields = ["status", "status_message"]
+        fields = ["status", "status_reason", "status_message"]
         for told in self.server.every("tasks.get_all", "tasks", id=[self.id], only_fields=fields):
             message = str(told.get("status_message") or "")
             is_stopped = told.get("status") != "in_progress" or "stopping" in message
             if is_stopped and not self._ends.is_set():
-                self._was_aborted = True
-                log.warning("the task was stopped on the ClearML server")
+                words = dict.fromkeys([str(told.get("status_reason") or ""), message])
+                why = ", ".join(word for word in words if word not in ("", "stopping"))
+                self.abort = "stopped on the ClearML server" + (f": {why}" if why else "")
+                log.warning("%s", self.abort)
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -517,7 +537,8 @@ def _opened_task(run: Run, parent: str | None, in_time: threading.Event) -> Any:
     # The seeds are the run's.
     Task.set_random_seed(None)
     known, on_agent = run.record.clearml_task_id, _is_on_agent()
-    task: Any = Task.init(**_init_arguments(run))
+    with _hooks_kept():
+        task: Any = Task.init(**_init_arguments(run))
     # It waits for the server for ever.
     atexit.unregister(task._at_exit)
     if not (in_time.is_set() or known or on_agent):

@@ -60,7 +60,7 @@ from torch_lab.samplers import Position
 from torch_lab.saving import CheckpointWriter
 from torch_lab.server import Server
 from torch_lab.signals import StopRequest
-from torch_lab.tracking import Tracking, connected, opened, versions_taken
+from torch_lab.tracking import Tracking, opened, versions_taken
 from torch_lab.utils import flattened, process_rank, shown
 from torch_lab.weights import check_fits, load_source
 
@@ -237,6 +237,16 @@ class Training:
         """Whether a step was made."""
         return self.trainer.global_step not in (0, self.start.step)
 
+    @property
+    def abort(self) -> str:
+        """How the run was stopped on the ClearML server, if it was."""
+        return self.tracking.abort if self.tracking else ""
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether there is nothing in the run yet that anybody would miss."""
+        return self.options.resume is None and not self.has_trained
+
     def keep_metrics(self) -> None:
         """Keep the last value of everything that was logged."""
         self.metrics = _numbers({**self.metrics, **self.trainer.callback_metrics})
@@ -346,8 +356,8 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
         *(experiment, components, source, code, run, logger, trainer, loaders, options, start),
         metrics=dict(start.metrics),
     )
-    if process_rank() == 0 and not options.dev_run:
-        training.server, training.why_offline = connected(options.tracking)
+    if process_rank() == 0 and not options.dev_run and options.tracking != "offline":
+        training.server, training.why_offline = access.server()
     return training
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -60,6 +61,8 @@ def keep_untracked(root: Path, names: Iterable[str], target: Path) -> list[str]:
                     archive.writestr(zip_entry(name), _masked(root / name))
                 except OSError:  # It is gone by now, or not ours to read.
                     left_out.append(name)
+                except UnicodeEncodeError:  # Its name is no text, and an archive's names are.
+                    left_out.append(os.fsencode(name).decode(errors="replace"))
     return left_out
 
 

@@ -23,7 +23,7 @@ from torch.utils.data.dataloader import (
     _SingleProcessDataLoaderIter,
 )
 
-from torch_lab.errors import LoaderError
+from torch_lab.errors import LoaderError, listed
 from torch_lab.iterables import Envelope
 from torch_lab.samplers import Order
 
@@ -284,8 +284,7 @@ def _how_it_ended(worker: Any, reason: str | None) -> str:
 def _named(indices: Any) -> str:
     if not isinstance(indices, list | tuple):
         return f"sample {indices}"
-    more = f" and {len(indices) - _NAMED_SAMPLES} more" if len(indices) > _NAMED_SAMPLES else ""
-    return f"samples {', '.join(map(str, indices[:_NAMED_SAMPLES]))}{more}"
+    return f"samples {listed(indices, _NAMED_SAMPLES)}"
 
 
 def _hint(how: str, memory: bool) -> str | None:

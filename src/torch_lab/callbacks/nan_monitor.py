@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from torch_lab.errors import NonFiniteError
+from torch_lab.errors import NonFiniteError, listed
 
 __all__ = ["NanMonitor"]
 
@@ -126,10 +126,8 @@ class _Finding:
 def _samples(ids: Sequence[Any] | None, positions: Sequence[int]) -> str:
     """Name the samples at `positions` of a batch, by their `ids` if they have some."""
     word = "batch position" if ids is None else "sample"
-    shown = [str(i if ids is None else ids[i]) for i in positions[:MOST_NAMED]]
-    more = len(positions) - len(shown)
-    text = ", ".join(shown) + (f" and {more} more" if more else "")
-    return f"{word}{'s' * (len(positions) > 1)} {text}"
+    named = listed((i if ids is None else ids[i] for i in positions), MOST_NAMED)
+    return f"{word}{'s' * (len(positions) > 1)} {named}"
 
 
 def _is_finite(loss: Tensor) -> bool:

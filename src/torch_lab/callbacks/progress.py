@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-__all__ = ["EpochProgress"]
+__all__ = ["BAR_CELLS", "EpochProgress", "bar"]
 
 REDRAW_SECONDS = 0.1
 MEMORY_SECONDS = 3.0
@@ -335,7 +335,7 @@ class _LiveLine:
         text = "  ".join([*name, *words])
         cells = min(BAR_CELLS, room - len(text) - 2)
         if total < math.inf and cells >= NARROWEST_BAR:
-            text = "  ".join([*name, _bar(pace.done / total, cells, stream), *words])
+            text = "  ".join([*name, bar(pace.done / total, cells, stream), *words])
         else:
             text = text[:room]
         self._is_drawn = True
@@ -375,7 +375,14 @@ def _columns(stream: TextIO) -> int:
         return shutil.get_terminal_size().columns
 
 
-def _bar(fraction: float, cells: int, stream: TextIO) -> str:
+def bar(fraction: float, cells: int, stream: TextIO) -> str:
+    """Return a bar for a terminal.
+
+    Args:
+        fraction: How much of it is full, from 0 to 1.
+        cells: How long it is.
+        stream: Where it goes.
+    """
     full, empty = "━─" if "utf" in (stream.encoding or "").lower() else "#-"
     filled = min(cells, int(fraction * cells))
     done, rest = full * filled, empty * (cells - filled)
