@@ -418,7 +418,7 @@ def test_long_lists_are_shortened() -> None:
     assert listed([]) == ""
     assert listed(["a", 2, "c"]) == "a, 2, c"
     assert listed("abcde") == "a, b, c and 2 more"
-    assert listed("abc", 2, "; ") == "a; b and 1 more"
+    assert listed("abc", 2) == "a, b and 1 more"
 
 
 @pytest.mark.parametrize("command", ["train", "infer"])

@@ -481,7 +481,7 @@ def test_without_a_server_an_id_from_elsewhere_is_an_error(
 ) -> None:
     """That says why there is none; with --online it is ClearML's own error."""
     monkeypatch.setattr(remote, "connected", lambda mode: (None, "ClearML is not configured"))
-    with pytest.raises(CheckpointError, match=f"{there.task}.*; ClearML is not configured"):
+    with pytest.raises(CheckpointError, match=f"{there.task}.* .ClearML is not configured"):
         there.find()
 
     def refusing(mode: str) -> Any:

@@ -347,16 +347,16 @@ def test_a_file_of_two_models_stays_for_the_other(
     run = trained(lab)
     for suffix in (".ckpt", ".json"):
         shutil.copy(
-            run.checkpoint("last").with_suffix(suffix), run.checkpoints_folder / f"x{suffix}"
+            run.checkpoint("last").with_suffix(suffix), run.checkpoints_folder / f"other{suffix}"
         )
     synced(run, server)
     uris = {model["name"]: model["uri"] for model in clearml.state.models.values()}
-    assert uris["x"] == uris["last"]
+    assert uris["other"] == uris["last"]
     for suffix in (".ckpt", ".json"):
-        (run.checkpoints_folder / f"x{suffix}").unlink()
+        (run.checkpoints_folder / f"other{suffix}").unlink()
     found = synced(run, server)
     assert found.differences == [] and "last" in found.models
-    assert "x" not in {model["name"] for model in clearml.state.models.values()}
+    assert "other" not in {model["name"] for model in clearml.state.models.values()}
 
 
 @pytest.mark.parametrize("names", [["--all", "x"], []], ids=["both", "neither"])
