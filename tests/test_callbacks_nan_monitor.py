@@ -115,7 +115,7 @@ def test_bad_inputs_are_named(data: Callable[[Tensor], Batch], named: str) -> No
     """The tensors that are not finite are named by their path, their samples by `idx`."""
     error = failure(Model(), [data(batch()), data(batch(2, 5))])
     assert error.message == (
-        f"the training loss is NaN at step 1, epoch 1: not finite in the batch: {named}"
+        f"the training loss is NaN in step 2, epoch 1: not finite in the batch: {named}"
     )
     assert error.hint is not None and "samples" in error.hint
     assert error.exit_code == ExitCode.NON_FINITE
@@ -132,7 +132,7 @@ def test_many_samples_and_tensors_are_counted() -> None:
 def test_infinity_is_said() -> None:
     """An infinite loss stops as well, under its own name."""
     error = failure(Model(), [(batch(1, value=math.inf), torch.zeros(8))])
-    assert "the training loss is infinite at step 0, epoch 1" in error.message
+    assert "the training loss is infinite in step 1, epoch 1" in error.message
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_the_bad_parts_of_a_loss_are_named() -> None:
             self.log_dict({"loss/train": nll + kl, "nll/train": nll, "kl/train": kl})
             return nll + kl
 
-    assert "the training loss is NaN (of it: kl/train) at" in failure(Parts(), [batch()]).message
+    assert "the training loss is NaN (of it: kl/train) in" in failure(Parts(), [batch()]).message
 
 
 def test_the_diagnosis_leaves_the_module_in_training() -> None:
@@ -244,7 +244,7 @@ def test_no_checkpoint_holds_bad_weights(tmp_path: Path) -> None:
     error = failure(model, [good, steep], callbacks=[NanMonitor(), Saving()])
     assert error.message == (
         "the weights are not finite after step 2, so no checkpoint is written of them: "
-        "net.weight (2 values)"
+        "net.weight (2 values), made so by the gradients of step 2"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["1.ckpt"]
 

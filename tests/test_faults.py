@@ -63,7 +63,7 @@ class Samples(Dataset):
                 time.sleep(600)
         if self.trains and fault("kill"):
             time.sleep(0.1)
-        return x, {"y": y, "idx": 100 + index}
+        return x, {"y": y} if fault("unnamed") else {"y": y, "idx": 100 + index}
 
 
 class Net(TrainLabModule):
@@ -83,6 +83,9 @@ class Net(TrainLabModule):
         loss = super().validation_step(batch, batch_idx)
         if fault("nan_validation") and self.current_epoch > 0:
             self._epoch_losses["validate"].totals["loss"] += float("nan")
+        if fault("nan_validation_log") and self.current_epoch > 0:
+            self.log("own_loss", loss * float("nan"))
+            return None
         if fault("nan_validation_loss") and self.current_epoch > 0:
             return loss * float("nan")
         return loss
@@ -179,16 +182,20 @@ def same_end(faulty: Faulty, run: Run) -> None:
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("nan_loss", "step 6, epoch 2: the batch (samples 1"),
+        ("nan_loss", "in step 7, epoch 2: the batch (samples 1"),
         ("nan_sample", "not finite in the batch: x (4 values, in sample 113)"),
-        ("steep", "not finite among the parameters: model.weight (8 values), made so by the step"),
+        ("nan_sample unnamed", "not finite in the batch: x (4 values, in sample 13)"),
+        (
+            "steep",
+            "among the parameters: model.weight (8 values), made so by the gradients of step",
+        ),
     ],
 )
 def test_a_loss_or_gradient_that_is_not_finite(faulty: Faulty, fault: str, told: str) -> None:
     """Exit 4, step and samples are named; what was saved is good; so it ends when it goes on."""
     result = faulty.train("--no-validate", fault=fault)
     assert result.code == ExitCode.NON_FINITE, result.err
-    assert told in result.err and "at step " in result.err and "sample" in result.err
+    assert told in result.err and "step " in result.err and "sample" in result.err
     assert "Traceback" not in result.err
     assert faulty.run.state == "failed"
     (first,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
@@ -206,27 +213,33 @@ def test_a_nan_at_the_step_where_a_run_goes_on(faulty: Faulty) -> None:
     for _ in range(2):
         result = faulty.train("--resume", fault="nan_loss")
         assert result.code == ExitCode.NON_FINITE, result.err
-        assert "the training loss is NaN at step 6" in result.err
+        assert "the training loss is NaN in step 7" in result.err
         assert faulty.run.sidecar("last")["step"] == 6  # type: ignore[index]
         assert faulty.finite("last") and faulty.finite("best")
     assert faulty.train("--resume").code == 0
     same_end(faulty, faulty.run)
 
 
-def test_a_nan_loss_in_validation_alone(faulty: Faulty) -> None:
+@pytest.mark.parametrize(
+    "fault", ["nan_validation_loss", "nan_validation_log", "nan_validation_log unnamed"]
+)
+def test_a_nan_loss_in_validation_alone(faulty: Faulty, fault: str) -> None:
     """The run ends, and names step and samples; the checkpoints are those of before."""
-    result = faulty.train(fault="nan_validation_loss")
+    result = faulty.train(fault=fault)
     assert result.code == ExitCode.NON_FINITE, result.err
-    assert "the validation loss is NaN at step 8, epoch 2" in result.err
+    first = 0 if "unnamed" in fault else 100
+    assert "the validation loss is NaN after step 8, epoch 2" in result.err
+    assert f"the batch (samples {first}, {first + 1}, {first + 2}, " in result.err
     assert faulty.finite("last") and faulty.finite("best")
 
 
 def test_a_nan_in_what_validation_logs(faulty: Faulty) -> None:
-    """Training goes on; it is never the best, and the record stays readable for all."""
+    """It is met as well; it is never the best, and the record stays readable for all."""
     result = faulty.train(fault="nan_validation")
-    assert result.code == 0, result.err
+    assert result.code == ExitCode.NON_FINITE, result.err
+    assert "loss/validate is NaN after step 8, epoch 2" in result.err
     run = faulty.run
-    assert run.sidecar("last")["step"] == 12 and run.sidecar("best")["step"] == 4  # type: ignore[index]
+    assert run.sidecar("last")["step"] == 4 and run.sidecar("best")["step"] == 4  # type: ignore[index]
     assert math.isfinite(run.best_score or math.nan) and faulty.finite("best")
     assert math.isnan(run.metrics["loss/validate"])
     text = (run.folder / "run.json").read_text()
@@ -275,10 +288,11 @@ def test_a_disk_that_stays_full_ends_the_run(faulty: Faulty, warm: Warm, small_d
     result = faulty.lab.command("train", faulty.lab.path, FAULT="full", python=warm.python)
     assert result.code == ExitCode.CODE_FAILED
     assert "Traceback" not in result.err
-    assert "checkpoint last" in result.err and "(2 of 3 before the run stops)" in result.err
+    assert "not written: " in result.err and "(2 of 3 before the run stops)" in result.err
     (told,) = [line for line in errors(result) if "3 checkpoints in a row" in line]
     assert "could not be written since" in told
     (run,) = runs_on(small_disk)
+    assert run.state == "failed" and "3 checkpoints in a row" in str(run.record.reason)
     last = json.loads(run.checkpoint("last").with_suffix(".json").read_text())["step"]
     assert 4 <= last <= 12
     assert not [path for path in run.checkpoints_folder.iterdir() if path.name.startswith(".")]
@@ -298,7 +312,7 @@ def test_a_folder_that_is_read_only_for_a_while(faulty: Faulty) -> None:
     faulty.lab.hparams("hparams", {"trainer": {"init": {"max_epochs": 6}}})
     result = faulty.train(fault="read_only mended")
     assert result.code == 0, result.err
-    assert "was not written: Operation not permitted; none was since" in result.err
+    assert "not written: Operation not permitted; none was since" in result.err
     assert "checkpoints are written again" in result.err
     assert faulty.run.sidecar("last")["step"] == 24  # type: ignore[index]
     same_end(faulty, faulty.run)

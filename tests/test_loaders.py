@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from torch_lab.datasets import ArrayDataset, BaseDataset
+from torch_lab.errors import LoaderError
 from torch_lab.loaders import Loaders
 from torch_lab.samplers import Position
+from torch_lab.workers import UNALIKE, explained
 
 
 def prepared(loader: Any, epoch: int = 0, batch: int = 0, **options: Any) -> Any:
@@ -386,11 +388,27 @@ class Ragged(Dataset[Any]):
 def test_samples_that_do_not_go_together_are_named(workers: int) -> None:
     """Which, where in them, and their shapes; from a worker, too."""
     loader = prepared(DataLoader(Ragged(), 6, num_workers=workers))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(LoaderError) as caught:
+        list(loader)
+    told = explained(caught.value, []) or caught.value
+    expected = "sample 4 has shape (3, 9) at ['x'][0], sample 0 has shape (3, 8) at ['x'][0]"
+    assert told.message == f"samples make no batch: {expected}"
+    assert told.hint == UNALIKE
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_an_own_collate_function_raises_stays_what_it_is(workers: int) -> None:
+    """With a note on the samples."""
+    loader = prepared(DataLoader(Ragged(), 6, collate_fn=stacked, num_workers=workers))
+    with pytest.raises(ZeroDivisionError) as caught:
         list(loader)
     told = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
-    expected = "sample 4 has shape (3, 9) at ['x'][0], sample 0 has shape (3, 8) at ['x'][0]"
-    assert expected in told
+    assert "sample 4 has shape (3, 9)" in told
+
+
+def stacked(samples: Any) -> Any:
+    """Fail."""
+    return 1 / 0
 
 
 class OwnIterations(DataLoader[Any]):

@@ -183,6 +183,13 @@ def test_what_must_not_change_is_refused(struck: Lab, old: str, new: str, told: 
     assert struck.run().state == "completed"
 
 
+def test_not_exact_is_for_a_resume(lab: Lab) -> None:
+    """A new run is exact in itself: who asks for less has forgotten something."""
+    result = lab.command("train", lab.path, "--not-exact")
+    assert result.code == ExitCode.USAGE
+    assert "--not-exact is for --resume" in result.err and not lab.runs
+
+
 def test_changed_hparams_are_listed(struck: Lab) -> None:
     """They are used, and the header says what they were."""
     strike(struck, signal.SIGTERM)
@@ -190,7 +197,8 @@ def test_changed_hparams_are_listed(struck: Lab) -> None:
     result = struck.train(struck.path, "--resume")
     assert result.code == 0, result.err
     assert "trainer.init.max_epochs 3 -> 4" in result.err
-    assert "config.lr 'nothing' -> 0.2" in result.err
+    assert "config.lr nothing -> 0.2" in result.err and "config {}" not in result.err
+    assert "the optimizers and schedulers go on with their settings in the checkpoint" in result.err
     assert struck.run().sidecar("last")["epoch"] == 3  # type: ignore[index]
 
 

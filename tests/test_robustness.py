@@ -142,7 +142,7 @@ def test_a_nan_on_another_rank_is_told(lab: Lab, warm: Warm, strategy: str) -> N
     )
     result = lab.command("train", lab.path, python=warm.python)
     assert result.code == ExitCode.NON_FINITE, result.err
-    assert "error: the training loss is NaN at step 1" in result.err
+    assert "error: the training loss is NaN in step 2" in result.err
     assert lab.run().state == "failed"
     assert "NaN" in (lab.run().record.reason or "")
 

@@ -368,7 +368,7 @@ def _read(path: Path, *, trusted: bool) -> dict[str, Any]:
         # Bytes of any kind may lie there, and raise errors of any kind.
         raise _unreadable(path, error, trusted) from error
     if not isinstance(found, dict):
-        raise DamagedError(f"{shown(path)} holds a {type(found).__name__}, no checkpoint")
+        raise CheckpointError(f"{shown(path)} holds a {type(found).__name__}, no checkpoint")
     return found
 
 
@@ -454,7 +454,8 @@ def find_source(
     if file.is_file():
         return _verified(file.resolve(), _run_of(file.resolve()), trust)
     if file.suffix == ".ckpt" or len(file.parts) > 1:
-        raise CheckpointError(f"{wanted}: no such file")
+        what = "a folder, and no checkpoint" if file.is_dir() else "no such file"
+        raise CheckpointError(f"{wanted}: {what}")
     return _Search(wanted, name, root, trust, experiment).found()
 
 

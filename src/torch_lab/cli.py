@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -150,12 +151,14 @@ def train(
 
 def _train_one(path: Path, options: Mapping[str, Any]) -> None:
     from torch_lab.experiment import Experiment
-    from torch_lab.hparams import DevRun
+    from torch_lab.hparams import DevRun, check_goes_with_dev_run
 
     # A mistake in the scripts is found before torch is imported, which takes seconds.
     dev_run = DevRun.parse(options["dev_run"]) if options["dev_run"] is not None else None
-    if options["resume"] is not None and dev_run is not None:
-        raise UserError("--dev-run and --resume contradict each other: a dev run leaves nothing")
+    if dev_run is not None:
+        check_goes_with_dev_run(resumes=options["resume"] is not None, online=options["online"])
+    if options["not_exact"] and options["resume"] is None:
+        raise UserError("--not-exact is for --resume: a new run has nothing to differ from")
     if options["offline"] and options["online"]:
         raise UserError("--offline and --online contradict each other")
     experiment = Experiment.load(path)
@@ -424,15 +427,20 @@ def _failures(debug: bool) -> Iterator[None]:
     from torch_lab.signals import stopping_on_signals
     from torch_lab.utils import process_rank
 
+    parent, follows = os.getppid(), process_rank() > 0
     try:
-        with stopping_on_signals(quiet=process_rank() > 0):
+        with stopping_on_signals(quiet=follows):
             yield
     except (Exception, Interrupted) as error:
         from torch_lab.console import rendered
+        from torch_lab.processes import has_left
 
-        if isinstance(error, Interrupted) and process_rank() > 0:
+        if isinstance(error, Interrupted) and follows:
             # The process that launched this one would take another code for a failure.
             raise click.exceptions.Exit(int(ExitCode.DONE)) from error
+        if follows and has_left(parent):
+            # Who launched it was interrupted, and has said so; that it is missed says nothing.
+            raise click.exceptions.Exit(int(ExitCode.CODE_FAILED)) from error
         click.echo(rendered(error, debug=debug), err=True)
         ours = isinstance(error, (TorchLabError, Interrupted))
         if debug and not ours and sys.stdin.isatty() and sys.stderr.isatty():

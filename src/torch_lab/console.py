@@ -40,6 +40,13 @@ log = logging.getLogger("torch_lab")
 
 _ERASE_LINE = "\r\x1b[2K"
 _CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+_IN_WORKER = re.compile(
+    r"Caught \w+ in (?P<where>DataLoader worker process \d+)\.\n"
+    r"Original Traceback \(most recent call last\):\n"
+)
+_FRAME = re.compile(r"^  File \"[^\n]*\n(?:    [^\n]*\n)*", re.MULTILINE)
+_FILE = re.compile(r"^  File \"([^\"]*)\"")
+"""A worker's traceback, which comes as the message of its error."""
 _HERE = str(Path(__file__).parent)
 _THIRD_PARTIES = tuple(
     {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -340,10 +347,24 @@ def rendered(error: BaseException, *, debug: bool = False) -> str:
         return f"error: {error.message}{hint}"
     if isinstance(error, Interrupted) and not debug:
         return f"stopped by {error}"
+    if not debug and (in_worker := _from_worker(str(error))):
+        return in_worker
     told = traceback.TracebackException.from_exception(error)
     if not debug:
         _fold(told)
     return "".join(told.format()).rstrip()
+
+
+def _from_worker(message: str) -> str:
+    """Return the traceback in the message of an error from a worker, from the user's frame on."""
+    if not (begin := _IN_WORKER.match(message)):
+        return ""
+    frames = _FRAME.findall(message, begin.end())
+    _, _, rest = message.rpartition(frames[-1]) if frames else ("", "", message[begin.end() :])
+    from_user = itertools.dropwhile(lambda frame: _is_others(_FILE.findall(frame)[0]), frames)
+    kept = [frame for frame in from_user if not _is_folded(_FILE.findall(frame)[0])]
+    title = f"Traceback (most recent call last, in {begin['where']}):\n" if kept else ""
+    return f"{title}{''.join(kept)}{rest}".rstrip()
 
 
 def _fold(told: traceback.TracebackException) -> None:

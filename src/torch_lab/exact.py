@@ -349,7 +349,7 @@ def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
     if before["seed"] != now["seed"]:
         yield f"the seed was {before['seed']} and is {now['seed']}"
     if before["processes"] != now["processes"]:
-        yield f"there were {before['processes']} processes and are {now['processes']}"
+        yield f"the number of processes was {before['processes']} and is {now['processes']}"
     names = [" and ".join(sorted(side["loaders"])) for side in (before, now)]
     if now["loaders"] and names[0] != names[1]:  # Those of a datamodule are not known at once.
         yield f"the loaders were {names[0]} and are {names[1]}"

@@ -6,10 +6,11 @@ An experiment is a folder with a config script, `__main__.py`, and hparams scrip
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 from torch_lab.components import InferComponents, TrainComponents
 from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean
@@ -19,25 +20,49 @@ from torch_lab.runs import project_root
 from torch_lab.scripts import Layer, import_script_as_module, layers_of, running, siblings_of
 from torch_lab.utils import flattened, shown
 
-__all__ = ["Difference", "Experiment"]
+__all__ = ["Difference", "Experiment", "differences"]
 
 _CONFIG_SCRIPT = "__main__.py"
-_NOTHING = object()
+
+
+class _Nothing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_NOTHING = _Nothing()
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A value that is not what the base layer says."""
+    """A value that is not what it was in other hparams."""
 
     key: str
     base: object
     value: object
 
     def __str__(self) -> str:
-        before, after = (
-            "nothing" if side is _NOTHING else repr(side) for side in (self.base, self.value)
-        )
-        return f"{self.key} {before} -> {after}"
+        return f"{self.key} {self.base!r} -> {self.value!r}"
+
+
+def differences(base: Mapping[str, Any], own: Mapping[str, Any]) -> list[Difference]:
+    """Return in which values nested dictionaries differ.
+
+    Args:
+        base: What they are compared with.
+        own: What they are now.
+    """
+    before, now = flattened(base), flattened(own)
+    pairs = {
+        key: (before.get(key, _NOTHING), now.get(key, _NOTHING))
+        for key in dict.fromkeys([*before, *now])
+    }
+    return [
+        Difference(key, was, is_now)
+        for key, (was, is_now) in pairs.items()
+        # An empty section is no value of its own.
+        if repr(was) != repr(is_now) and {repr(was), repr(is_now)} != {"{}", "nothing"}
+    ]
 
 
 @dataclass(frozen=True)
@@ -99,14 +124,7 @@ class Experiment:
     def differences(self) -> list[Difference]:
         """Return in what the hparams differ from those of the base layer."""
         first, last = self.layers[0].hparams, self.layers[-1].hparams
-        base = flattened(masked(first)) if isinstance(first, dict) else {}
-        own = flattened(masked(last))
-        pairs = {key: (base.get(key, _NOTHING), own.get(key, _NOTHING)) for key in [*base, *own]}
-        return [
-            Difference(key, before, after)
-            for key, (before, after) in pairs.items()
-            if before is not after and repr(before) != repr(after)
-        ]
+        return differences(masked(first) if isinstance(first, dict) else {}, masked(last))
 
     def train_components(self) -> TrainComponents:
         """Return what `train_config` makes of the hparams.

@@ -14,7 +14,13 @@ from torch_lab.errors import HparamsError, UserError, did_you_mean
 from torch_lab.scripts import copied
 from torch_lab.utils import parameters_of, shown
 
-__all__ = ["CheckpointSection", "DevRun", "Hparams", "TrainerArguments"]
+__all__ = [
+    "CheckpointSection",
+    "DevRun",
+    "Hparams",
+    "TrainerArguments",
+    "check_goes_with_dev_run",
+]
 
 _SECTIONS = ("task", "checkpoint", "trainer", "config", "seed", "loader_timeout")
 _TRAINER = ("pytorch_lightning.trainer.trainer", "Trainer")
@@ -104,6 +110,19 @@ class DevRun:
         if isinstance(self.size, float):
             return "all batches" if self.size == 1 else f"{self.size:.4g} of the batches"
         return f"{self.size} batch{'es' if self.size > 1 else ''}"
+
+
+def check_goes_with_dev_run(*, resumes: bool, online: bool) -> None:
+    """Refuse what a dev run, which leaves nothing, cannot be asked for.
+
+    Raises:
+        UserError: It shall go on with a run, or be tracked.
+    """
+    for option, is_given in (("--resume", resumes), ("--online", online)):
+        if is_given:
+            raise UserError(
+                f"--dev-run and {option} contradict each other: a dev run leaves nothing"
+            )
 
 
 def _number(given: str | int | float) -> int | float:

@@ -36,6 +36,7 @@ from torch.utils.data import (
 
 from torch_lab.components import each_loader
 from torch_lab.datasets import ArrayDataset
+from torch_lab.errors import LoaderError, listed
 from torch_lab.iterables import Enveloping, SeededIterable, SourceOrder, has_state
 from torch_lab.samplers import Order, Position, StampedBatch, StampedIndex, why_not_exact
 from torch_lab.seeds import (
@@ -46,7 +47,7 @@ from torch_lab.seeds import (
     seed_generators,
 )
 from torch_lab.utils import length_of
-from torch_lab.workers import Desk, IteratorMaker, Watch, WorkerStart
+from torch_lab.workers import UNALIKE, Desk, IteratorMaker, Watch, WorkerStart
 
 __all__ = ["Loaders"]
 
@@ -62,6 +63,7 @@ _HOOKS: Final = {
     "test_dataloader": "test",
 }
 _PLAIN_DATA: Final = (TensorDataset, list, tuple, range, np.ndarray, Tensor)
+_NAMED_SAMPLES: Final = 8
 _SPREAD: Final = 0x9E3779B97F4A7C15
 """2 to the 64, by the golden ratio: its multiples lie far from each other."""
 _BITS: Final = (1 << 64) - 1
@@ -132,6 +134,20 @@ class Loaders:
     def watches(self) -> list[Watch]:
         """What is known of each loader's iteration."""
         return list(self._watches.values())
+
+    def latest_indices(self, stage: str, number: int) -> Sequence[Any] | None:
+        """Return the indices of the samples in the batch that a loader has made last.
+
+        Args:
+            stage: `train`, `validate` or `test`.
+            number: Which of the loaders, if batches come from one after the other; of several
+                that make a batch together, as in training, nothing is known.
+        """
+        watches = [watch for watch in self.watches if watch.stage == stage]
+        if number >= len(watches) or (stage == "train" and len(watches) > 1):
+            return None
+        indices = watches[number].order.latest_indices
+        return indices if isinstance(indices, (list, tuple)) else None
 
     @property
     def have_partial_batches(self) -> bool:
@@ -255,7 +271,7 @@ class Loaders:
             # Lightning makes a new loader for predictions, to get hold of its indices.
             return
         key = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        watch = Watch(role.name, order, desk)
+        watch = Watch(role.name, role.stage, order, desk)
         self._watches[role.name] = watch
         vars(loader).update({key: order, "_get_iterator": IteratorMaker(loader, watch)})
 
@@ -541,8 +557,12 @@ class _Collating:
             return self.collate(samples)
         except Exception as error:
             indices = vars(self.dataset)["latest"]
-            if isinstance(samples, list) and indices is not None and len(samples) == len(indices):
-                error.add_note(_misfit(samples, list(indices)))
+            if not (isinstance(samples, list) and indices and len(samples) == len(indices)):
+                raise
+            misfit = _misfit(samples, list(indices))
+            if self.collate in (default_collate, default_convert):
+                raise LoaderError(f"samples make no batch: {misfit}", UNALIKE) from error
+            error.add_note(misfit)
             raise
 
 
@@ -555,8 +575,8 @@ def _misfit(samples: list[Any], indices: list[Any]) -> str:
         for index, value in zip(indices, values, strict=True):
             if value != usual:
                 other = indices[values.index(usual)]
-                return f"samples differ: sample {index} {value}{part}, sample {other} {usual}{part}"
-    return f"in a batch of samples {', '.join(map(str, indices))}"
+                return f"sample {index} {value}{part}, sample {other} {usual}{part}"
+    return f"the batch has the samples {listed(indices, _NAMED_SAMPLES)}"
 
 
 def _form(value: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["ENDLESS", "FolderLock", "is_alive", "leave", "process_started"]
+__all__ = ["ENDLESS", "FolderLock", "has_left", "is_alive", "leave", "process_started"]
 
 ENDLESS = "torch_lab-endless"
 """The name of threads that may never end, though the process is to."""
@@ -32,6 +32,18 @@ def leave(code: int) -> NoReturn:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def has_left(parent: int) -> bool:
+    """Return whether the process that started this one is gone, be it in this moment.
+
+    Args:
+        parent: The number that it had.
+    """
+    until = time.monotonic() + _RETRY_S
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(_RETRY_S / 10)
+    return os.getppid() != parent
 
 
 def process_started(pid: int | None = None) -> float | None:

@@ -52,7 +52,8 @@ def _start_rows(training: Training) -> Iterator[tuple[str, str]]:
     if resume is not None:
         yield "resumes", f"{_beginning(training)}, after it was {start.was}"
         if changed := changed_hparams(resume, training.hparams):
-            yield "changed", "\n".join(changed)
+            kept = ["the optimizers and schedulers go on with their settings in the checkpoint"]
+            yield "changed", "\n".join([*changed, *(kept if training.goes_on else [])])
     if training.source is not None and not training.goes_on:
         how = "goes on from" if start.source else "starts from the weights in"
         yield "from", f"{how} {training.source}"

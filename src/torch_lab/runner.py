@@ -32,7 +32,7 @@ from torch_lab.errors import (
     listed,
 )
 from torch_lab.experiment import Experiment
-from torch_lab.hparams import DevRun, Hparams
+from torch_lab.hparams import DevRun, Hparams, check_goes_with_dev_run
 from torch_lab.loaders import Loaders
 from torch_lab.queued import AgentTask
 from torch_lab.remote import asking
@@ -66,6 +66,8 @@ __all__ = ["Inference", "infer", "train", "train_with"]
 
 log = logging.getLogger(__name__)
 
+_CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+"""What torch's libraries warn of; this process has read it already."""
 _RESUMED = "TORCH_LAB_RESUMED"
 """Tells the processes that are launched to train together which run goes on."""
 
@@ -108,7 +110,7 @@ def train(
         Interrupted: A signal asked the run to end.
     """
     if dev_run is not None:
-        _check_leaves_nothing({"--resume": resume is not False, "--online": tracking == "online"})
+        check_goes_with_dev_run(resumes=resume is not False, online=tracking == "online")
     task = AgentTask.of_process() if tracking != "offline" and dev_run is None else None
     with task.told_of_failures() if task else contextlib.nullcontext():
         experiment, edited, resume = _as_queued(task, _loaded(path), resume)
@@ -120,14 +122,6 @@ def train(
             edited=edited,
         )
         return train_with(experiment, options, as_json=as_json)
-
-
-def _check_leaves_nothing(given: Mapping[str, bool]) -> None:
-    for option, is_given in given.items():
-        if is_given:
-            raise UserError(
-                f"--dev-run and {option} contradict each other: a dev run leaves nothing"
-            )
 
 
 def _as_queued(
@@ -149,7 +143,11 @@ def train_with(experiment: Experiment, options: Options, *, as_json: bool = Fals
         _told_to_followers(options.resume),
     ):
         if options.resume is not None and options.resume.state == "completed":
-            log.warning("run %s is completed: there is nothing to resume", options.resume.name)
+            log.warning(
+                "run %s is completed: there is nothing to resume; to train on, set "
+                "checkpoint.checkpoint_task_id to it, and a larger max_epochs, for a new run",
+                options.resume.name,
+            )
             _show_end(console, options.resume, as_json=as_json)
             return options.resume
         training = prepared(experiment, options, stop)
@@ -186,15 +184,20 @@ def _sent(training: Training, console: Console) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told_to_followers(run: Run | None) -> Iterator[None]:
-    """Tell the processes that are launched meanwhile which run goes on."""
-    if run is None or process_rank() > 0:
-        yield
-        return
-    os.environ[_RESUMED] = run.name
+    """Tell the processes that are launched meanwhile which run goes on, and to be quiet."""
+    told = {_CPP_LOG_LEVEL: os.environ.get(_CPP_LOG_LEVEL, "ERROR")}
+    if run is not None and process_rank() == 0:
+        told[_RESUMED] = run.name
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
     try:
         yield
     finally:
-        del os.environ[_RESUMED]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _show_end(console: Console, run: Run, *, as_json: bool) -> None:
@@ -435,7 +438,7 @@ def _known_failures_as_ours(experiment: Experiment, loaders: Loaders) -> Iterato
         raise ComponentsError(f"{shown(experiment.script)}: {error}") from error
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(error, loaders) from error
-    except RuntimeError as error:
+    except (RuntimeError, LoaderError) as error:
         explanation = explained(error, loaders.watches)
         if explanation is None:
             raise

@@ -64,6 +64,8 @@ _WITHOUT_CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/@]*@")
 CODE_FILE = ".torch_lab/code.json"
 """Where an agent finds the state of the code that it got, which came without git."""
 _RECORD = "run.json"
+_SPARE = ".spare"
+_SPARE_BYTES = 2**16
 _LOCK_WAIT_S = 20.0
 """A run that was just told to stop may still save; what it started may outlive it for a while."""
 
@@ -294,6 +296,7 @@ class Run:
                 version += 1
         self.folder, self.record.name, self.record.version = folder, folder.name, version
         self.lock(wait_s=0.0)
+        self._keep_spare()
 
     def lock(self, wait_s: float = _LOCK_WAIT_S) -> None:
         """Keep other processes from training this run, until it is closed or this process ends.
@@ -338,6 +341,7 @@ class Run:
         try:
             self.lock()
             self._reopen(from_step, changed)
+            self._keep_spare()
         except OSError as error:
             raise UserError(f"cannot go on with {self.name}: {error.strerror}") from None
 
@@ -507,9 +511,16 @@ class Run:
         self.record.reason = reason and masked_text(reason)
         self.record.ended = _now()
         try:
+            (self.folder / _SPARE).unlink(missing_ok=True)
             self.write()
         finally:
             self._unlock()
+
+    def _keep_spare(self) -> None:
+        """Take some room on the disk, so that how the run ends can be written on a full one."""
+        with contextlib.suppress(OSError):
+            # No zeros: some file systems keep those without taking room for them.
+            (self.folder / _SPARE).write_bytes(os.urandom(_SPARE_BYTES))
 
     def discard(self) -> None:
         """Remove the run from disk, for mistakes that are found after its folder was made."""

@@ -165,6 +165,12 @@ class Order:
             return Pass(epoch, *divmod(batch, length))
         return Pass(epoch, 0, batch if length is None else min(batch, length))
 
+    @property
+    def latest_indices(self) -> Any:
+        """The indices of the batch that arrived last; None before there was one."""
+        latest = self.current.skipped + self.arrived - 1
+        return next((given for number, given in self.handed_out if number == latest), None)
+
     def received(self, data: Any) -> Any:
         """Return the batch in what a worker has made of the next batch of indices."""
         self.latest = self.current

@@ -195,14 +195,18 @@ class CheckpointWriter(Checkpoint):
         self._failures += 1
         self._failing_since = self._failing_since or datetime.now().strftime("%H:%M:%S")
         self._failure = failure
-        what = "last" if self._due is None else f"last and {self._due.name}"
+        what = (
+            "checkpoint last was"
+            if self._due is None
+            else f"checkpoints last and {self._due.name} were"
+        )
         # The next one will hold other weights than those that were the best.
         self._kept, self._due = self._kept_on_disk, None
         limit = self.section.give_up_after
         if self._failures >= limit:
             raise self._not_written()
         log.error(
-            "checkpoint %s was not written: %s; none was since %s (%d of %d before the run stops)",
+            "%s not written: %s; none was since %s (%d of %d before the run stops)",
             *(what, failure, self._failing_since, self._failures, limit),
         )
 
@@ -210,8 +214,8 @@ class CheckpointWriter(Checkpoint):
         several = f"{self._failures} checkpoints in a row" if self._failures > 1 else "a checkpoint"
         return NotWrittenError(
             f"{several} could not be written since {self._failing_since}: {self._failure}",
-            f"make room in {shown(self.run.folder)}, or raise checkpoint.give_up_after; "
-            "the last good checkpoint stands",
+            f"make room in {shown(self.run.folder)} or let it be written to, or raise "
+            "checkpoint.give_up_after; the last good checkpoint stands",
         )
 
     def _consider(self, trainer: pl.Trainer, stage: str) -> None:

@@ -47,7 +47,7 @@ from torch_lab.errors import (
     did_you_mean,
 )
 from torch_lab.exact import STATE, ExactResume, changed_conditions
-from torch_lab.experiment import Experiment
+from torch_lab.experiment import Experiment, differences
 from torch_lab.files import written_whole
 from torch_lab.hparams import DevRun, Hparams
 from torch_lab.loaders import Loaders
@@ -61,7 +61,7 @@ from torch_lab.saving import CheckpointWriter
 from torch_lab.server import Server
 from torch_lab.signals import StopRequest
 from torch_lab.tracking import Tracking, opened, versions_taken
-from torch_lab.utils import flattened, process_rank, shown
+from torch_lab.utils import process_rank, shown
 from torch_lab.weights import check_fits, load_source
 
 __all__ = [
@@ -78,7 +78,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_NOTHING = object()
 _FAILURE = ".failure.json"
 """Where a process tells the one that started it what went wrong."""
 
@@ -404,7 +403,11 @@ def _start(
     state = found.get(STATE, {})
     changes = tuple(changed_conditions(state.get("conditions", {}), conditions))
     if not is_own:
-        step = source.resumable_step(hparams.trainer.init)
+        try:
+            step = source.resumable_step(hparams.trainer.init)
+        except CheckpointError as error:
+            where = f"{shown(hparams.path)}: checkpoint"
+            raise type(error)(f"{where}: {error.message}", error.hint) from None
         return Start(step, source, was=was, changes=changes)
     if changes and options.must_be_exact:
         raise CheckpointError(
@@ -482,12 +485,7 @@ def _planned(
 
 def changed_hparams(run: Run, hparams: Hparams) -> list[str]:
     """Return what differs from the hparams that `run` was started with, one line each."""
-    before, now = (flattened(side) for side in (run.record.hparams, _recorded(hparams)))
-    return [
-        f"{key} {before.get(key, 'nothing')!r} -> {now.get(key, 'nothing')!r}"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key, _NOTHING) != now.get(key, _NOTHING)
-    ]
+    return [str(each) for each in differences(run.record.hparams, _recorded(hparams))]
 
 
 def _recorded(hparams: Hparams) -> dict[str, Any]:
@@ -506,7 +504,7 @@ def _train_callbacks(
 ) -> list[pl.Callback]:
     return [
         exact,
-        NanMonitor(),
+        NanMonitor(hparams.monitor, exact.loaders.latest_indices),
         # No lambda: callbacks are pickled on their way to spawned processes.
         MetricPlots(functools.partial(getattr, run, "plots_folder")),
         *components.callbacks,

@@ -42,11 +42,6 @@ class LoadReport:
     other_shape: Mapping[str, str] = field(default_factory=dict)
     """Those that have another shape in the checkpoint, with both: `"(2, 3), not (5, 3)"`."""
 
-    @property
-    def is_partial(self) -> bool:
-        """Whether anything of the model or of the checkpoint was left out."""
-        return bool(self.skipped or self.missing or self.unexpected or self.other_shape)
-
     def __str__(self) -> str:
         total = sum(map(len, (self.loaded, self.skipped, self.missing, self.other_shape)))
         parts: dict[str, Sequence[str]] = {
@@ -72,7 +67,7 @@ def load_weights(
 ) -> torch.nn.Module:
     """Load weights into `module` from a run's checkpoint, and return it.
 
-    What was loaded is logged if it is not all.
+    How much was loaded, and what was not, is logged.
 
     Args:
         module: A `LightningModule`, or the bare model; whichever has the checkpoint's names.
@@ -128,8 +123,7 @@ def load_source(
     fitting.load(report)
     # Told by `loaded_from`; an attribute, as a model has nowhere else to keep it.
     vars(fitting.target)["_weights_from"] = str(source)
-    if report.is_partial:
-        log.info("weights from %s: %s", source, report)
+    log.info("weights from %s: %s", source, report)
     return report
 
 

@@ -27,7 +27,15 @@ from torch_lab.errors import LoaderError, listed
 from torch_lab.iterables import Envelope
 from torch_lab.samplers import Order
 
-__all__ = ["Desk", "IteratorMaker", "Watch", "WorkerStart", "die_with_parent", "explained"]
+__all__ = [
+    "UNALIKE",
+    "Desk",
+    "IteratorMaker",
+    "Watch",
+    "WorkerStart",
+    "die_with_parent",
+    "explained",
+]
 
 _PR_SET_PDEATHSIG: Final = 1
 _SECONDS_BETWEEN_LOOKS: Final = 1.0
@@ -37,6 +45,10 @@ _DEAD: Final = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) "
     r"(?:exited unexpectedly|is killed by signal: ([^.]+)\.)"
 )
+_CAUGHT: Final = "Caught LoaderError in DataLoader worker"
+"""How torch begins the message of an error of ours that a worker has raised."""
+UNALIKE: Final = "make them alike in a transform, or give the DataLoader a collate_fn"
+"""How samples are mended that make no batch."""
 _TIMED_OUT: Final = "DataLoader timed out after"
 
 
@@ -124,12 +136,14 @@ class Watch:
 
     Args:
         name: Of the loader.
+        stage: What the loader is for: `train`, `validate` or `test`.
         order: What its indices come from.
         desk: Where its workers put down what they are making.
     """
 
-    def __init__(self, name: str, order: Order, desk: Desk) -> None:
+    def __init__(self, name: str, stage: str, order: Order, desk: Desk) -> None:
         self.name = name
+        self.stage = stage
         self.desk = desk
         self.order = order
         self.timed_out = False
@@ -235,6 +249,9 @@ def explained(error: BaseException, watches: Sequence[Watch]) -> LoaderError | N
         watches: Those of all loaders that it may have been.
     """
     for each in _chain(error):
+        if isinstance(each, LoaderError) and str(each).startswith(_CAUGHT):
+            _, _, message = str(each).rpartition(f"{LoaderError.__name__}: ")
+            return LoaderError(message.strip(), UNALIKE)
         if not isinstance(each, RuntimeError):
             continue
         if dead := _DEAD.search(str(each)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch_lab.errors import NonFiniteError, listed
 
 __all__ = ["NanMonitor"]
+
+log = logging.getLogger(__name__)
 
 MOST_NAMED = 5
 MEND_LOSS = (
@@ -28,28 +31,50 @@ MEND_STEPS = (
 )
 
 
+def _unknown(stage: str, loader: int) -> None:
+    """Know nothing of the samples in a batch."""
+
+
 class NanMonitor(pl.Callback):
     """Stops the training at the first loss that is NaN or infinite, before its backward pass.
 
-    In a validation, what `validation_step` returns is looked at, if it is a tensor or has a `loss`.
+    In a validation, what `validation_step` returns is looked at, if it is a tensor or has a `loss`;
+    of what is logged under a name with `loss` in it, NaN ends the training, and infinity does not.
 
     The parameters are then still those of the last good step. The error names the tensors of the
-    batch, or else the parameters or predictions, that are not finite, their samples (`idx` of the
-    metadata, or else positions in the batch), and how many values it is.
+    batch, or else the parameters or predictions, that are not finite, their samples, and how many
+    values it is. Steps count from 1.
 
     A finite loss can have infinite gradients, so a full checkpoint is refused too when trainable
     parameters in it are not finite; named are then the samples of the step that made them so.
 
+    Args:
+        monitor: The metric that says which checkpoint is the best: it is told once when that is not
+            finite.
+        indices: Returns the indices of the samples in the batch that a loader has made last: given
+            are the stage (`train` or `validate`) and the number of the loader; None if they are not
+            known. Without it, samples are named by `idx` of their metadata, or else by their
+            positions in the batch.
+
     Raises:
-        NonFiniteError: From the training step or the checkpoint that meets such a value.
+        NonFiniteError: From the step, the validation or the checkpoint that meets such a value.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        monitor: str | None = None,
+        indices: Callable[[str, int], Sequence[Any] | None] = _unknown,
+    ) -> None:
+        self.monitor = monitor
+        self._indices = indices
         self._batch: Any = None
         self._ids_before: Any = None
+        self._told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_batch": None, "_ids_before": None}
+        # Lightning leaves methods of the module in a callback.
+        own = {key: vars(self)[key] for key in ("monitor", "_indices", "_told")}
+        return {**own, "_batch": None, "_ids_before": None}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -60,12 +85,34 @@ class NanMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         if not _is_finite(loss):
-            raise _explained(trainer, pl_module, self._batch, loss, self._step_before())
+            made_by = self._made_by(trainer.global_step)
+            raise self._error(trainer, pl_module, "training", loss, self._batch, made_by=made_by)
 
-    def _step_before(self) -> str:
-        """Name the samples of the step before, if they have names."""
+    def _made_by(self, step: int) -> str:
+        """Name the step whose gradients made the weights what they are, and its samples."""
         ids = _as_list(self._ids_before)
-        return f", made so by the step before with {_samples(ids, range(len(ids)))}" if ids else ""
+        samples = f" with {_samples(ids, range(len(ids)))}" if ids else ""
+        return f", made so by the gradients of step {step}{samples}" if step else ""
+
+    def _error(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        stage: str,
+        loss: Tensor,
+        batch: Any,
+        loader: int = 0,
+        made_by: str = "",
+    ) -> NonFiniteError:
+        """Return the error that says where a loss got its value from, as far as can be found."""
+        indices = self._indices("train" if stage == "training" else "validate", loader)
+        cause, hint = _cause(trainer, module, batch, indices, made_by)
+        parts = ", ".join(_bad_parts(trainer))
+        return NonFiniteError(
+            f"the {stage} loss is {_word(loss)}{f' (of it: {parts})' if parts else ''} "
+            f"{_when(trainer, stage)}: {cause}",
+            hint,
+        )
 
     def on_train_batch_end(
         self,
@@ -76,12 +123,13 @@ class NanMonitor(pl.Callback):
         batch_idx: int,
     ) -> None:
         self._batch = None
-        self._ids_before = _ids(batch)
+        ids = _ids(batch)
+        self._ids_before = self._indices("train", 0) if ids is None else ids
         # A module that optimises by itself may run the backward pass without Lightning.
         if not pl_module.automatic_optimization and isinstance(outputs, Mapping):
             loss = outputs.get("loss")
             if isinstance(loss, Tensor) and not _is_finite(loss):
-                raise _explained(trainer, pl_module, batch, loss, "")
+                raise self._error(trainer, pl_module, "training", loss, batch)
 
     def on_validation_batch_end(
         self,
@@ -94,7 +142,28 @@ class NanMonitor(pl.Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.is_floating_point() and not _is_finite(loss):
-            raise _explained(trainer, pl_module, batch, loss, "", "validation")
+            raise self._error(trainer, pl_module, "validation", loss, batch, dataloader_idx)
+        for logged in filter(_is_nan, _logged_losses(trainer)):
+            raise self._error(trainer, pl_module, "validation", logged, batch, dataloader_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # With several loaders, the number of each is behind the name.
+        logged = tuple(each.meta.name for each in _results(trainer))
+        found = trainer.callback_metrics
+        for name, value in found.items():
+            if "loss" in name and name.startswith(logged) and _is_nan(value):
+                raise NonFiniteError(
+                    f"{name} is NaN {_when(trainer, 'validation')}: all losses of its "
+                    "batches were finite",
+                    MEND_LOSS,
+                )
+        score = found.get(self.monitor or "")
+        if score is not None and not _is_finite(score) and not self._told:
+            self._told = True
+            log.warning(
+                "%s is %s %s: such a checkpoint is never the best",
+                *(self.monitor, _word(score), _when(trainer, "validation")),
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -102,7 +171,7 @@ class NanMonitor(pl.Callback):
         if bad := _bad_parameters(pl_module):
             raise NonFiniteError(
                 f"the weights are not finite after step {trainer.global_step}, so no checkpoint "
-                f"is written of them: {_listing(bad)}{self._step_before()}",
+                f"is written of them: {_listing(bad)}{self._made_by(trainer.global_step)}",
                 MEND_STEPS,
             )
 
@@ -136,23 +205,31 @@ def _is_finite(loss: Tensor) -> bool:
     return bool(loss.isfinite().all())
 
 
-def _explained(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    batch: Any,
-    loss: Tensor,
-    step_before: str,
-    stage: str = "training",
-) -> NonFiniteError:
-    """Return the error that says where the loss got its value from, as far as can be found."""
-    cause, hint = _cause(trainer, module, batch, step_before)
-    value = "NaN" if loss.isnan().any() else "infinite"
-    parts = ", ".join(_bad_parts(trainer))
-    return NonFiniteError(
-        f"the {stage} loss is {value}{f' (of it: {parts})' if parts else ''} at step "
-        f"{trainer.global_step}, epoch {trainer.current_epoch + 1}: {cause}",
-        hint,
-    )
+def _is_nan(value: Tensor) -> bool:
+    return bool(value.isnan().any())
+
+
+def _word(value: Tensor) -> str:
+    return "NaN" if value.isnan().any() else "infinite"
+
+
+def _when(trainer: pl.Trainer, stage: str) -> str:
+    """Say in which step something was met, or after which."""
+    if stage == "training":
+        return f"in step {trainer.global_step + 1}, epoch {trainer.current_epoch + 1}"
+    if not trainer.global_step:
+        return "before the first step"
+    return f"after step {trainer.global_step}, epoch {trainer.current_epoch + 1}"
+
+
+def _results(trainer: pl.Trainer) -> list[Any]:
+    """Return what the loop that is running has collected of all that was logged in it."""
+    return [] if trainer._results is None else list(trainer._results.values())
+
+
+def _logged_losses(trainer: pl.Trainer) -> list[Tensor]:
+    """Return the sums of what this validation has logged so far under the names of losses."""
+    return [each.value for each in _results(trainer) if each.is_tensor and "loss" in each.meta.name]
 
 
 def _bad_parts(trainer: pl.Trainer) -> list[str]:
@@ -168,16 +245,22 @@ def _bad_parts(trainer: pl.Trainer) -> list[str]:
 
 
 def _cause(
-    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, step_before: str
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    batch: Any,
+    indices: Sequence[Any] | None,
+    made_by: str,
 ) -> tuple[str, str]:
     parts = _parts(batch)
     tensors = dict(found for name, part in parts.items() for found in _tensors(part, name))
     size = next((len(tensor) for tensor in tensors.values() if tensor.ndim), 0)
     ids = _sample_ids(parts.values(), size)
+    if ids is None and indices is not None and len(indices) == size:
+        ids = indices
     if bad := _bad(tensors, size):
         return f"not finite in the batch: {_listing(bad, ids)}", MEND_INPUTS
     if bad := _bad_parameters(module):
-        return f"not finite among the parameters: {_listing(bad)}{step_before}", MEND_STEPS
+        return f"not finite among the parameters: {_listing(bad)}{made_by}", MEND_STEPS
     named = f" ({_samples(ids, range(size))})" if ids else ""
     try:
         predictions = dict(_tensors(_predictions(trainer, module, batch), "the prediction"))
