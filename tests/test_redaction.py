@@ -22,7 +22,7 @@ SECRET = (
     "password passwd secret secrets api_key apikey apiKey APIKey api-key access_key private_key "
     "credential credentials auth_token access_token accessToken api_token apiTokens token Token "
     "wandb_api_key HF_TOKEN hf-token clientSecret DB_PASSWORD PGPASSWORD githubToken ssh_keys "
-    "AWS_SECRET_ACCESS_KEY secret_key passphrase x-api-key"
+    "AWS_SECRET_ACCESS_KEY secret_key passphrase x-api-key Authorization"
 )
 NO_SECRET = (
     "tokenizer tokenizer_name max_tokens num_tokens pad_token padToken eos_token bos_token "

@@ -120,7 +120,11 @@ def test_parents_come_first(lab: Lab, clearml: ClearMLServer, server: Server) ->
     runs = to_sync(artifacts, [child.name], everything=False)
     assert [run.name for run in runs] == [parent.name, child.name]
     tasks = [synced(run, server).task for run in runs]
-    assert clearml.state.tasks[tasks[1]]["parent"] == tasks[0]
+    told = clearml.state.tasks[tasks[1]]
+    assert told["parent"] == tasks[0]
+    models = {model["name"]: model["id"] for model in clearml.state.models.values()}
+    of_parent = Progress.of(parent.folder).models["last"]["id"]
+    assert told["hyperparams"]["run"]["parent_model"]["value"] == of_parent != models["last"]
     # Which has a task by now.
     assert [run.name for run in to_sync(artifacts, [child.name], everything=False)] == [child.name]
     assert len(to_sync(artifacts, [], everything=True)) == 2
@@ -222,6 +226,10 @@ class Own(pl.Callback):
         {1: 2.0},
         {1: 3.0},
     ]
+    (image,) = clearml.state.events[found.task].images.values()
+    assert (image["metric"], image["iter"]) == ("noise", 1)
+    content = clearml.state.files[image["url"].removeprefix(f"{clearml.files_url}/")]
+    assert content.startswith(b"\x89PNG")
 
 
 def test_a_parent_that_is_synced_later_is_told(
@@ -369,7 +377,19 @@ def test_runs_are_named_or_all_are_meant(lab: Lab, names: list[str]) -> None:
 def test_no_secret_leaves_the_machine(lab: Lab, clearml: ClearMLServer, server: Server) -> None:
     """Neither out of the hparams nor out of a file that git does not have."""
     secret = "s3cr3t-v4lue"
-    run = trained(lab, {"config": {"api_key": secret, "lr": 0.1}})
+    own = {"api_key": secret, "headers": {"Authorization": f"Bearer {secret}"}, "lr": 0.1}
+    main = lab.folder / "__main__.py"
+    prints = "import os; print('the token is', os.environ['HF_TOKEN'])\n"
+    main.write_text(prints + main.read_text())
+    lab.hparams("base", {**EPOCHS, "config": {}})
+    lab.write(
+        "hparams.py",
+        "from torch_lab.utils import import_script_as_module\n"
+        "hparams = import_script_as_module('base.py').hparams\n"
+        f"hparams['config'].update({own!r}, credentials=('a', {secret!r}))\n",
+    )
+    assert lab.command("train", lab.path, "--offline", HF_TOKEN=secret).code == 0
+    run = lab.run()
     found = synced(run, server)
     everything = repr(clearml.state.tasks) + repr(clearml.state.events) + repr(clearml.state.files)
     assert secret not in everything
@@ -384,9 +404,10 @@ def test_texts_that_git_does_not_have_are_masked(tmp_path: Path) -> None:
     for name in ("conf.yaml", "creds.json", "run.sh", "note.txt"):
         (tmp_path / name).write_text('{"wandb_api_key": "s3cr3t-v4lue"}\n')
     (tmp_path / "prod.env").write_text("KEY=s3cr3t-v4lue\n")
-    names = ["conf.yaml", "creds.json", "run.sh", "note.txt", "prod.env", "gone.txt"]
+    (tmp_path / "deploy").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\ns3cr3t\n")
+    names = ["conf.yaml", "creds.json", "run.sh", "note.txt", "prod.env", "deploy", "gone.txt"]
     target = tmp_path / "kept.zip"
-    assert keep_untracked(tmp_path, names, target) == ["prod.env"]
+    assert sorted(keep_untracked(tmp_path, names, target)) == ["deploy", "prod.env"]
     with zipfile.ZipFile(target) as archive:
         assert len(archive.namelist()) == 4
         assert all(b"s3cr3t" not in archive.read(name) for name in archive.namelist())

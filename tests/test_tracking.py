@@ -179,6 +179,8 @@ def test_all_of_a_run_is_on_its_task(online: Online) -> None:
     assert found["config"] == (lab.folder / "__main__.py").read_text()
     assert "+# changed" in online.task()["script"]["diff"]  # type: ignore[index]
     assert online.task()["script"]["version_num"] == run.record.commit  # type: ignore[index]
+    entry_point = f"-m torch_lab train {online.lab.path}"
+    assert online.task()["script"]["entry_point"] == entry_point  # type: ignore[index]
     assert found["artifacts"] == ["run", "untracked"]
     assert set(found["models"]) == {"last", "best"}
     sidecar = run.sidecar("last")
@@ -339,6 +341,64 @@ def test_a_server_that_is_lost_at_the_very_end(online: Online, fault: Fault) -> 
     assert result.code == 0, result.err
     assert end_s < 12 and "torch-lab sync" in result.err
     assert online.task()["status"] == "in_progress"
+    online.server.heal()
+    online.check_whole(online.lab.run())
+    assert online.task()["status"] == "completed"
+
+
+OWN_CALLS = """
+class Calls(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        from clearml import Task
+        import matplotlib.pyplot as plt
+        task, step = Task.current_task(), trainer.global_step
+        task.get_logger().report_scalar("own", "step", float(step), step)
+        figure = plt.figure()
+        plt.plot([1, 2])
+        plt.show()
+        figure.savefig("own.png")
+        plt.close(figure)
+        task.set_parameter("own/step", step)
+"""
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        HANG,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (REFUSE, UNAUTHORIZED, ERROR500)),
+    ],
+    ids=lambda fault: str(fault.kind),
+)
+def test_calls_of_the_users_wait_for_no_server(online: Online, fault: Fault) -> None:
+    """Nor do they fill the terminal, or keep the process; what they told comes with the server."""
+    main = online.lab.folder / "__main__.py"
+    text = main.read_text().replace("[Gate()]", "[Gate(), Calls()]")
+    main.write_text(text + OWN_CALLS)
+    began = 0.0
+
+    def lose() -> None:
+        nonlocal began
+        online.server.fault = fault
+        began = time.time()
+
+    result, end_s = online.with_fault(lose)
+    assert result.code == 0, result.err
+    ended = timestamp(online.lab.run().record.ended)
+    # Six steps, of which the first may wait for each of its calls.
+    assert ended - began < 15 and end_s < 9
+    assert len(result.err.splitlines()) < 60 and "Traceback" not in result.err
+    online.server.heal()
+    online.check_whole(online.lab.run())
+
+
+@pytest.mark.slow
+def test_a_server_that_is_slow_at_the_start(online: Online) -> None:
+    """There is one task, which is the run's, and in its state in the end."""
+    online.server.fault = slow(1.5)
+    result = online.train()
+    assert result.code == 0, result.err
+    assert "on ClearML: http" in result.err
     online.server.heal()
     online.check_whole(online.lab.run())
     assert online.task()["status"] == "completed"

@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 from torch_lab.errors import Interrupted, TorchLabError, UserError
+from torch_lab.redaction import MASK, secrets_around
 from torch_lab.utils import shown
 
 __all__ = [
@@ -131,6 +132,7 @@ class _Transcript:
         self.live: _Tee | None = None
         """The stream whose last line is still being redrawn."""
         self._file: TextIO = io.StringIO()
+        self._secrets = secrets_around()
 
     def attach(self, path: Path) -> None:
         shown = self._file
@@ -139,7 +141,10 @@ class _Transcript:
             self._file.write(shown.getvalue())
 
     def add_line(self, line: str) -> None:
-        self._file.write(_CONTROL_SEQUENCE.sub("", line.rpartition("\r")[2]) + "\n")
+        text = _CONTROL_SEQUENCE.sub("", line.rpartition("\r")[2])
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        self._file.write(text + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -346,7 +351,7 @@ def rendered(error: BaseException, *, debug: bool = False) -> str:
         hint = "".join(f"\n  {line}" for line in (error.hint or "").splitlines())
         return f"error: {error.message}{hint}"
     if isinstance(error, Interrupted) and not debug:
-        return f"stopped by {error}"
+        return error.why or f"stopped by {error}"
     if not debug and (in_worker := _from_worker(str(error))):
         return in_worker
     told = traceback.TracebackException.from_exception(error)

@@ -193,6 +193,8 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signal.Signals(signum)
+        self.why = ""
+        """Who wanted it, if it is known."""
 
     def __str__(self) -> str:
         return self.signum.name

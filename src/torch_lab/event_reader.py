@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.compat.proto.event_pb2 import Event
 
-__all__ = ["Point", "event_files", "points_in"]
+__all__ = ["Logged", "Picture", "Point", "event_files", "logged_in"]
 
 _HEADER: Final = struct.Struct("<QI")
 """Before a record: its length, and a checksum of that."""
@@ -29,6 +29,25 @@ class Point(NamedTuple):
     """Since 1970."""
 
 
+class Picture(NamedTuple):
+    """An image that was logged."""
+
+    tag: str
+    step: int
+    content: bytes
+    """A PNG file."""
+    time_ms: int
+
+
+class Logged(NamedTuple):
+    """What was read of an event file."""
+
+    points: list[Point]
+    pictures: list[Picture]
+    end: int
+    """The byte where reading ended."""
+
+
 def event_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the event files in a folder and the ones below, by their paths in it."""
     for path in sorted(folder.rglob("*.tfevents.*")):
@@ -36,8 +55,8 @@ def event_files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(folder).as_posix(), path
 
 
-def points_in(folder: Path, name: str, start: int = 0) -> tuple[list[Point], int]:
-    """Return the scalars in an event file from the byte `start` on, and where reading ended.
+def logged_in(folder: Path, name: str, start: int = 0) -> Logged:
+    """Return the scalars and images in an event file from the byte `start` on.
 
     A record that is being written is left for the next time.
 
@@ -56,7 +75,7 @@ def points_in(folder: Path, name: str, start: int = 0) -> tuple[list[Point], int
             # An image may be larger.
             length, _ = _HEADER.unpack_from(data)
             data += file.read(max(0, _HEADER.size + length + _FOOTER - len(data)))
-    points: list[Point] = []
+    found = Logged([], [], start)
     at = 0
     while at + _HEADER.size <= len(data):
         length, _ = _HEADER.unpack_from(data, at)
@@ -67,13 +86,25 @@ def points_in(folder: Path, name: str, start: int = 0) -> tuple[list[Point], int
             event = Event.FromString(data[at + _HEADER.size : end - _FOOTER])
         except DecodeError:
             break
-        points += _scalars(event, series)
+        found.points.extend(_points(event, series))
+        found.pictures.extend(_pictures(event))
         at = end
-    return points, start + at
+    return found._replace(end=start + at)
 
 
-def _scalars(event: Any, series: str) -> Iterator[Point]:
-    time_ms = int(event.wall_time * 1000)
+def _points(event: Any, series: str) -> Iterator[Point]:
     for value in event.summary.value:
         if value.HasField("simple_value"):
-            yield Point(f"{value.tag}{series}", event.step, value.simple_value, time_ms)
+            tag = f"{value.tag}{series}"
+            yield Point(tag, event.step, value.simple_value, _time_ms(event))
+
+
+def _pictures(event: Any) -> Iterator[Picture]:
+    for value in event.summary.value:
+        if value.HasField("image"):
+            content = value.image.encoded_image_string
+            yield Picture(value.tag, event.step, content, _time_ms(event))
+
+
+def _time_ms(event: Any) -> int:
+    return int(event.wall_time * 1000)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import tempfile
@@ -23,11 +24,11 @@ from typing import Any, Final
 
 from torch_lab.bootstrap import MARK
 from torch_lab.errors import ServerError
-from torch_lab.event_reader import Point, event_files, points_in
+from torch_lab.event_reader import Picture, Point, event_files, logged_in
 from torch_lab.files import sha256_of, written_whole
 from torch_lab.runs import Run
 from torch_lab.server import Server, file_url
-from torch_lab.task_record import described, script_of
+from torch_lab.task_record import described, parent_of, script_of
 
 __all__ = ["STATE", "Mirror", "Progress", "Sent", "split_tag"]
 
@@ -186,14 +187,16 @@ class Mirror:
             size = path.stat().st_size
             start = min(self.progress.files.get(name, 0), size)
             while start < size:
-                points, end = points_in(self.run.metrics_folder, name, start)
-                if end == start:
+                logged = logged_in(self.run.metrics_folder, name, start)
+                if logged.end == start:
                     break
                 # Of the same step twice, such as the epoch's number, the server keeps the last.
-                each = list({(point.tag, point.step): point for point in points}.values())
+                each = list({(point.tag, point.step): point for point in logged.points}.values())
                 for first in range(0, len(each), _EVENTS_AT_ONCE):
                     self._send_points(each[first : first + _EVENTS_AT_ONCE])
-                self.progress.files[name] = start = end
+                for picture in logged.pictures:
+                    self._send_picture(picture)
+                self.progress.files[name] = start = logged.end
 
     def _send_points(self, points: list[Point]) -> None:
         finite = [point for point in points if math.isfinite(point.value)]
@@ -213,6 +216,23 @@ class Mirror:
             "variant": variant,
             "value": point.value,
         }
+
+    def _send_picture(self, picture: Picture) -> None:
+        metric, variant = split_tag(picture.tag)
+        url = self._url("images", f"{picture.tag}-{picture.step}.png")
+        self.server.upload(io.BytesIO(picture.content), len(picture.content), url)
+        event = {
+            "timestamp": picture.time_ms,
+            "type": "training_debug_image",
+            "task": self.task,
+            "iter": picture.step,
+            "metric": metric,
+            "variant": variant,
+            "key": f"{picture.tag}-{picture.step}",
+            "url": url,
+        }
+        self.server.add_events([event])
+        self.sent.plots += 1
 
     def _tell_not_finite(self, points: Iterator[Point]) -> None:
         """Tag the task, and say where: the server would keep such a value as 0."""
@@ -448,7 +468,7 @@ class Mirror:
 
     def describe(self) -> bool:
         """Tell the task what the run is, if it does not say so yet; return whether it was told."""
-        record = described(self.run)
+        record = described(self.run, self._parent_model())
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         changed = self.progress.described != digest
         if changed:
@@ -460,6 +480,12 @@ class Mirror:
             self.sent.records += 1
             self.save()
         return changed
+
+    def _parent_model(self) -> str | None:
+        """Return the id of the model that the run started from, if its parent's mirror knows it."""
+        parent, told = parent_of(self.run), self.run.record.parent or {}
+        models = Progress.of(parent.folder).models if parent else {}
+        return models.get(str(told.get("checkpoint")), {}).get("id")
 
     def _has_queued_code(self) -> bool:
         """Return whether the task's script is that of a queued run, which may be queued again."""

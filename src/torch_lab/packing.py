@@ -135,7 +135,7 @@ def pack(root: Path, target: Path) -> Packed:
     # A link to a file is packed as that file; what was deleted, git still lists.
     files = {name: path for name, path in candidates.items() if path.is_file()}
     links = [name for name, path in candidates.items() if path.is_symlink() and name not in files]
-    secrets = [name for name in files if is_secret_file(name)]
+    secrets = [name for name, path in files.items() if is_secret_file(path)]
     files = {name: path for name, path in files.items() if name not in secrets}
     _check_size(root, files)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -28,9 +28,10 @@ from torch_lab.hparams import Hparams
 from torch_lab.mirror import STATE, Progress
 from torch_lab.redaction import masked_text
 from torch_lab.runs import Run, artifacts_folder, decoded, plain_name, runs_of
+from torch_lab.sdk import task_of_agent
 from torch_lab.server import Server
 from torch_lab.task_record import HPARAMS
-from torch_lab.tracking import found_server, task_of_agent
+from torch_lab.tracking import found_server
 from torch_lab.utils import process_rank, shown
 
 __all__ = ["AgentTask"]

@@ -30,8 +30,14 @@ from torch_lab.redaction import masked
 from torch_lab.runs import Run, encoded, runs_of, unversioned
 from torch_lab.server import Server, file_url
 from torch_lab.signals import stopping_on_signals
-from torch_lab.sync import create_task
-from torch_lab.task_record import described, parent_task, project_of, task_name
+from torch_lab.task_record import (
+    create_task,
+    described,
+    page_of,
+    parent_task,
+    project_of,
+    task_name,
+)
 from torch_lab.tracking import found_server, highest_version, is_first
 from torch_lab.training import Options, prepared
 from torch_lab.utils import shown
@@ -179,7 +185,7 @@ def _handed_over(
             with contextlib.suppress(ServerError):
                 server.call("tasks.delete", task=task, force=True)
             raise
-    return Queued(task_name(run), task, queue, _page(server, run, task))
+    return Queued(task_name(run), task, queue, page_of(run, server, task))
 
 
 def _script_in_project(experiment: Experiment) -> str:
@@ -190,11 +196,6 @@ def _script_in_project(experiment: Experiment) -> str:
             "unset TORCH_LAB_ROOT" if "TORCH_LAB_ROOT" in os.environ else None,
         )
     return experiment.script.relative_to(experiment.root).as_posix()
-
-
-def _page(server: Server, run: Run, task: str) -> str:
-    project = server.project(project_of(run))
-    return f"{server.address.web}/projects/{project}/tasks/{task}/output/log"
 
 
 def _take_version(server: Server, run: Run) -> None:

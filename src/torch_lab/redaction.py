@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import itertools
+import os
 import re
 import tokenize
 import warnings
@@ -19,6 +20,7 @@ __all__ = [
     "masked_diff",
     "masked_script",
     "masked_text",
+    "secrets_around",
 ]
 
 MASK = "***"
@@ -26,7 +28,7 @@ MASK = "***"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SECRET_WORD = re.compile(
     r".*(password|passwd|secret|apikey|accesskey|privatekey|(auth|access|api)token)s?"
-    r"|passphrase|credentials?|creds"
+    r"|passphrase|credentials?|creds|authorization"
 )
 _KEYS = re.compile(r"access|account|api|encryption|master|private|secret|signing|ssh")
 _TOKENS = re.compile(r"access|api|auth|bearer|refresh")
@@ -51,6 +53,9 @@ _OPENED = re.compile(
     + r"""|(?(call)\\?["'][ \t]*+,|(?!)))"""
     + r"""\s*+[\[(]?\s*+[rbfuRBFU]{0,2}(?P<quote>\\?(?:\"{3}|'{3}|["']))"""
 )
+_BEARER = re.compile(r"\b(Bearer|bearer)[ \t]++[\w.~+/=-]{8,}+")
+_LEAST_LETTERS = 8
+"""Shorter values of the environment also stand in texts that have nothing to do with them."""
 _WORD_VALUE = re.compile(_NAME + r"=(?P<value>[^\s\"'{}$&;,)]++)(?![\"'])")
 _REST_OF_LINE = re.compile(_NAME + r"[ \t]*+[:=][ \t]*+(?P<value>[^\s\"'#][^\n]*)")
 _OPTION = re.compile(r"[\w-]+")
@@ -80,8 +85,19 @@ def is_secret(name: str) -> bool:
 
 
 def masked_text(text: str) -> str:
-    """Return `text` with the passwords in its URLs masked."""
-    return _URL.sub(rf"\1:{MASK}@", text)
+    """Return `text` with what looks like a secret masked: in URLs, after `Bearer`, in `key=…`."""
+    without_urls = _URL.sub(rf"\1:{MASK}@", text)
+    return _WORD_VALUE.sub(_masked_pair, _BEARER.sub(rf"\1 {MASK}", without_urls))
+
+
+def _masked_pair(match: re.Match[str]) -> str:
+    return f"{match['name']}={MASK}" if is_secret(match["name"]) else match[0]
+
+
+def secrets_around() -> list[str]:
+    """Return the secrets in the environment of this process, the longest first."""
+    found = {value for name, value in os.environ.items() if is_secret(name)}
+    return sorted((value for value in found if len(value) >= _LEAST_LETTERS), key=len, reverse=True)
 
 
 def masked(value: Any) -> Any:
@@ -96,8 +112,8 @@ def masked(value: Any) -> Any:
 def _masked(value: Any, *, secret: bool) -> Any:
     if isinstance(value, str):
         return MASK if secret and value else masked_text(value)
-    if isinstance(value, list):
-        return [_masked(item, secret=secret) for item in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)([_masked(item, secret=secret) for item in value])
     if not isinstance(value, dict):
         return value
     if "__type__" in value:

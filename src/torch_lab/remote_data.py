@@ -28,6 +28,7 @@ from torch_lab.errors import ServerError, TrackingError, UnreachableError, UserE
 from torch_lab.files import sha256_of, written_whole
 from torch_lab.remote import access, alone_in, downloaded, in_words, is_id
 from torch_lab.runs import project_root
+from torch_lab.scripts import running_script, shown
 from torch_lab.server import Server
 from torch_lab.tracking import found_server
 
@@ -95,11 +96,16 @@ def dataset_folder(dataset_id: str) -> Path:
         UserError: There is no such dataset, it is not finalised, ClearML cannot be asked, or what
             came is not what was uploaded.
     """
+    script = running_script()
+    asking = f"{shown(script)}: " if script else ""
     if not is_id(str(dataset_id)):
-        raise UserError(f"{dataset_id!r} is no id of a ClearML dataset")
+        raise UserError(f"{asking}{dataset_id!r} is no id of a ClearML dataset")
     cache = project_root() / "data" / "cache" / "datasets"
-    with in_words(f"dataset {dataset_id}", UserError), alone_in(cache):
-        found = _cached(cache, dataset_id) or _fetched(cache, dataset_id)
+    try:
+        with in_words(f"dataset {dataset_id}", UserError), alone_in(cache):
+            found = _cached(cache, dataset_id) or _fetched(cache, dataset_id)
+    except UserError as error:
+        raise type(error)(f"{asking}{error.message}", error.hint) from error
     asked = access().datasets
     if found.facts() not in asked:
         asked.append(found.facts())

@@ -367,6 +367,8 @@ def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterat
         if not training.has_folder:
             raise
         error = failure_elsewhere(run, raised) or _interruption(raised, stop) or raised
+        if isinstance(error, Interrupted):
+            error.why = training.abort
         if isinstance(error, (UserError, TrackingError)) and training.is_untouched:
             run.discard()
             raise error from None
@@ -375,7 +377,7 @@ def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterat
             training.keep_metrics()
         state = "stopped" if isinstance(error, Interrupted) else "failed"
         try:
-            run.close(state, training.metrics, reason=_reason(error, training.abort))
+            run.close(state, training.metrics, reason=_reason(error))
         except OSError as failure:  # Such as the full disk that ended the run.
             log.error("%s cannot be written: %s", shown(run.folder), failure.strerror)
         console.header(closing_rows(run))
@@ -413,10 +415,10 @@ def _interruption(error: BaseException, stop: StopRequest) -> Interrupted | None
     return seen
 
 
-def _reason(error: BaseException, abort: str) -> str:
+def _reason(error: BaseException) -> str:
     """Return what went wrong in a line; the message of a worker's error is a whole traceback."""
-    if abort and isinstance(error, Interrupted):
-        return abort
+    if isinstance(error, Interrupted) and error.why:
+        return error.why
     lines = str(error).strip().splitlines()
     first_and_last = dict.fromkeys([*lines[:1], *lines[-1:]])
     told = f"{type(error).__name__}: {' … '.join(line.strip() for line in first_and_last)}"

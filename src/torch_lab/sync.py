@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from torch_lab.errors import CheckpointError, ServerError, UnreachableError, UserError
-from torch_lab.event_reader import event_files, points_in
+from torch_lab.event_reader import event_files, logged_in
 from torch_lab.mirror import Mirror, Sent, split_tag
 from torch_lab.runs import Run, find_run
 from torch_lab.server import Server
-from torch_lab.task_record import parent_task, project_of, task_name
+from torch_lab.task_record import parent_task, project_of, task_of
 
-__all__ = ["TITLES", "Synced", "create_task", "sync", "to_sync"]
+__all__ = ["TITLES", "Synced", "sync", "to_sync"]
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def sync(run: Run, server: Server, say: Callable[[str], None]) -> Synced:
             f"{run.record.host}",
             "what it logs is sent meanwhile; sync it when it has ended",
         )
-    task = _task_of(run, server)
+    task = task_of(run, server)
     mirror = Mirror(server, run, task, project_of(run))
     _send(mirror, say)
     say(f"{run.name}: reading back")
@@ -164,52 +164,6 @@ def _send(mirror: Mirror, say: Callable[[str], None]) -> None:
     say(f"{run.name}: checkpoints")
     mirror.send_checkpoints()
     mirror.end()
-
-
-def _task_of(run: Run, server: Server) -> str:
-    """Return the id of the run's task, which is made if there is none."""
-    known = run.record.clearml_task_id
-    if known is not None and server.has_task(known):
-        return known
-    task = _made_before(run, server) or create_task(run, server, parent_task(run))
-    run.record.clearml_task_id = task
-    run.write()
-    return task
-
-
-def _made_before(run: Run, server: Server) -> str | None:
-    """Return the task that was made for the run by somebody who was killed before noting it."""
-    project = server.project(project_of(run), create=False)
-    if project is None:
-        return None
-    found = server.every(
-        "tasks.get_all",
-        "tasks",
-        project=[project],
-        system_tags=[_tag_of(run)],
-        only_fields=["id"],
-        search_hidden=True,
-    )
-    return next((str(task["id"]) for task in found), None)
-
-
-def _tag_of(run: Run) -> str:
-    return f"torch_lab:{run.record.id}"
-
-
-def create_task(run: Run, server: Server, parent: str | None) -> str:
-    """Return the id of a new task for `run`, which is started."""
-    section = run.hparams.get("task") or {}
-    task = server.call(
-        "tasks.create",
-        name=task_name(run),
-        project=server.project(project_of(run)),
-        type=section.get("task_type") or "training",
-        tags=list(section.get("tags") or []),
-        system_tags=[_tag_of(run)],
-        **({"parent": parent} if parent else {}),
-    )
-    return str(task["id"])
 
 
 # Reading back.
@@ -262,8 +216,9 @@ def _points(run: Run) -> dict[tuple[str, str], dict[int, float]]:
         start, end = -1, 0
         while end != start:
             start = end
-            points, end = points_in(run.metrics_folder, name, start)
-            for point in points:
+            logged = logged_in(run.metrics_folder, name, start)
+            end = logged.end
+            for point in logged.points:
                 if math.isfinite(point.value):
                     series.setdefault(split_tag(point.tag), {})[point.step] = point.value
     return series

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from torch_lab.errors import CheckpointError
 from torch_lab.runs import Run, decoded
+from torch_lab.server import Server
 
 __all__ = [
     "HPARAMS",
+    "create_task",
     "described",
+    "page_of",
     "parameters",
+    "parent_of",
     "parent_task",
     "project_of",
     "script_of",
     "task_name",
+    "task_of",
     "value_of",
 ]
 
@@ -44,23 +48,33 @@ def _task_section(run: Run) -> Mapping[str, Any]:
 
 def parent_task(run: Run) -> str | None:
     """Return the id of the task of the run that `run` started from, if it has one."""
-    parent = run.record.parent or {}
-    if parent.get("task"):
-        return str(parent["task"])
-    name = parent.get("run")
+    if task := (run.record.parent or {}).get("task"):
+        return str(task)
+    parent = parent_of(run)
+    return parent.record.clearml_task_id if parent else None
+
+
+def parent_of(run: Run) -> Run | None:
+    """Return the run that `run` started from, if it is beside it."""
+    told = run.record.parent or {}
     try:
-        found = Run.read(run.folder.parent / name) if name else None
+        found = Run.read(run.folder.parent / str(told["run"])) if told.get("run") else None
     except CheckpointError:
         return None
-    return found.record.clearml_task_id if found and found.record.id == parent.get("id") else None
+    return found if found and found.record.id == told.get("id") else None
 
 
-def described(run: Run) -> dict[str, Any]:
-    """Return what `tasks.edit` gets: the hparams to read, the typed originals, the scripts."""
+def described(run: Run, parent_model: str | None = None) -> dict[str, Any]:
+    """Return what `tasks.edit` gets: the hparams to read, the typed originals, the scripts.
+
+    Args:
+        run: The run.
+        parent_model: The id of the model that it started from, if the record does not know it.
+    """
     return {
         "hyperparams": {
             HPARAMS: dict(parameters(decoded(run.record.hparams), HPARAMS)),
-            _RUN: dict(parameters(_facts(run), _RUN)),
+            _RUN: dict(parameters(_facts(run, parent_model), _RUN)),
         },
         "configuration": {
             HPARAMS: _object(HPARAMS, json.dumps(run.record.hparams, indent=2), "json"),
@@ -70,7 +84,7 @@ def described(run: Run) -> dict[str, Any]:
     }
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: Run, parent_model: str | None) -> dict[str, Any]:
     record = run.record
     return {
         "id": record.id,
@@ -83,7 +97,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "ended": record.ended,
         "parent": (record.parent or {}).get("run"),
         "parent_checkpoint": (record.parent or {}).get("checkpoint"),
-        "parent_model": (record.parent or {}).get("model"),
+        "parent_model": (record.parent or {}).get("model") or parent_model,
         "datasets": record.datasets,
     }
 
@@ -130,7 +144,71 @@ def script_of(run: Run) -> dict[str, Any]:
         "branch": record.branch or "",
         "version_num": record.commit or "",
         "working_dir": ".",
-        "entry_point": Path(record.script).name,
+        "entry_point": f"-m torch_lab train {record.script}",
         "diff": changes.read_text(errors="replace") if changes.is_file() else "",
         "requirements": {"pip": f"# Python {record.python}\n\n{packages}\n"},
     }
+
+
+# The task itself.
+
+
+def task_of(run: Run, server: Server) -> str:
+    """Return the id of the run's task, which is made if there is none, and noted.
+
+    Args:
+        run: The run.
+        server: Where the task is, or will be.
+
+    Raises:
+        ServerError: The server does not answer, or refuses.
+    """
+    known = run.record.clearml_task_id
+    if known is not None and server.has_task(known):
+        run.write()
+        return known
+    task = _made_before(run, server) or create_task(run, server, parent_task(run))
+    run.record.clearml_task_id = task
+    run.write()
+    return task
+
+
+def _made_before(run: Run, server: Server) -> str | None:
+    """Return the task that was made for the run by somebody who was killed before noting it."""
+    project = server.project(project_of(run), create=False)
+    if project is None:
+        return None
+    found = server.every(
+        "tasks.get_all",
+        "tasks",
+        project=[project],
+        system_tags=[_tag_of(run)],
+        only_fields=["id"],
+        search_hidden=True,
+    )
+    return next((str(task["id"]) for task in found), None)
+
+
+def _tag_of(run: Run) -> str:
+    return f"torch_lab:{run.record.id}"
+
+
+def page_of(run: Run, server: Server, task: str) -> str:
+    """Return the address of a run's task in the web application."""
+    project = server.project(project_of(run))
+    return f"{server.address.web}/projects/{project}/tasks/{task}/output/log"
+
+
+def create_task(run: Run, server: Server, parent: str | None) -> str:
+    """Return the id of a new task for `run`, which is started."""
+    section = run.hparams.get("task") or {}
+    task = server.call(
+        "tasks.create",
+        name=task_name(run),
+        project=server.project(project_of(run)),
+        type=section.get("task_type") or "training",
+        tags=list(section.get("tags") or []),
+        system_tags=[_tag_of(run)],
+        **({"parent": parent} if parent else {}),
+    )
+    return str(task["id"])

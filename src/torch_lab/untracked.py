@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ __all__ = ["MOST_BYTES", "is_secret_file", "keep_untracked", "zip_entry"]
 
 MOST_BYTES: Final = 20 * 2**20
 """How much is kept of a project, in bytes."""
+_PRIVATE_KEY: Final = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY")
+_BEGINNING: Final = 100
 _SECRETS: Final = (
     ".env",
     ".env.*",
@@ -46,7 +49,7 @@ def keep_untracked(root: Path, names: Iterable[str], target: Path) -> list[str]:
     left_out, total = [], 0
     kept = []
     for name, size in files:
-        if is_secret_file(name) or total + size > MOST_BYTES:
+        if is_secret_file(root / name) or total + size > MOST_BYTES:
             left_out.append(name)
         else:
             kept.append(name)
@@ -66,9 +69,15 @@ def keep_untracked(root: Path, names: Iterable[str], target: Path) -> list[str]:
     return left_out
 
 
-def is_secret_file(name: str) -> bool:
-    """Return whether a file of that name holds nothing but secrets."""
-    return any(fnmatch.fnmatch(Path(name).name, pattern) for pattern in _SECRETS)
+def is_secret_file(path: Path) -> bool:
+    """Return whether a file holds nothing but secrets, by its name or by how it begins."""
+    if any(fnmatch.fnmatch(path.name, pattern) for pattern in _SECRETS):
+        return True
+    try:
+        with path.open("rb") as file:
+            return _PRIVATE_KEY.match(file.read(_BEGINNING)) is not None
+    except OSError:
+        return False
 
 
 def _sizes(root: Path, names: Iterable[str]) -> Iterator[tuple[str, int]]:
