@@ -23,6 +23,8 @@ import clearml
 import pytest
 import pytorch_lightning as pl
 import torch
+from clearml.backend_api import Session
+from clearml.backend_interface.base import InterfaceBase
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy
@@ -156,6 +158,7 @@ PARAMETERS = {
     "trainer.fit_loop.epoch_loop.advance": ("data_fetcher",),
     "trainer.fit_loop.epoch_loop._should_check_val_fx": ("data_fetcher",),
     "trainer._checkpoint_connector.dump_checkpoint": ("weights_only",),
+    "InterfaceBase._send": ("session", "req"),
 }
 COUNTERS = ("epoch_loop.batch_progress", "epoch_progress")
 
@@ -176,7 +179,9 @@ class Look(pl.Callback):
             "metric": BinaryAccuracy(),
             "DataLoader": DataLoader,
             "Task": clearml.Task,
-            "task": clearml.Task,
+            "made": clearml.Task,
+            "Session": Session,
+            "InterfaceBase": InterfaceBase,
         }
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         self.loops = checkpoint["loops"]["fit_loop"]

@@ -13,6 +13,7 @@ from torch_lab.redaction import (
     masked,
     masked_arguments,
     masked_diff,
+    masked_message,
     masked_script,
     masked_text,
 )
@@ -186,3 +187,9 @@ def test_passwords_in_addresses() -> None:
     assert masked_text("at ftp://me:pass@h:21/x and http://h:80/@") == (
         "at ftp://me:***@h:21/x and http://h:80/@"
     )
+
+
+def test_secrets_in_messages() -> None:
+    """Of errors, which may say what they were called with; and what a header carries."""
+    told = masked_message("login(api_key=abc123, max_tokens=5) failed: Bearer abcdefgh12345")
+    assert told == "login(api_key=***, max_tokens=5) failed: Bearer ***"

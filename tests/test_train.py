@@ -482,7 +482,7 @@ def seen(y_pred):
     result = lab.train(lab.path)
     assert result.code == ExitCode.NON_FINITE
     assert "error: " in result.err and "Traceback" not in result.err
-    assert "step 5" in result.err
+    assert "in step 6" in result.err
     run = lab.run()
     assert run.state == "failed"
     for name in ("last", "best"):

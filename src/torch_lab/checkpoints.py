@@ -368,7 +368,7 @@ def _read(path: Path, *, trusted: bool) -> dict[str, Any]:
         # Bytes of any kind may lie there, and raise errors of any kind.
         raise _unreadable(path, error, trusted) from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{shown(path)} holds a {type(found).__name__}, no checkpoint")
+        raise DamagedError(f"{shown(path)} holds a {type(found).__name__}, no checkpoint")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -39,13 +40,14 @@ class Picture(NamedTuple):
     time_ms: int
 
 
-class Logged(NamedTuple):
+@dataclass
+class Logged:
     """What was read of an event file."""
 
-    points: list[Point]
-    pictures: list[Picture]
     end: int
     """The byte where reading ended."""
+    points: list[Point] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
 
 
 def event_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -75,7 +77,7 @@ def logged_in(folder: Path, name: str, start: int = 0) -> Logged:
             # An image may be larger.
             length, _ = _HEADER.unpack_from(data)
             data += file.read(max(0, _HEADER.size + length + _FOOTER - len(data)))
-    found = Logged([], [], start)
+    found = Logged(start)
     at = 0
     while at + _HEADER.size <= len(data):
         length, _ = _HEADER.unpack_from(data, at)
@@ -89,7 +91,8 @@ def logged_in(folder: Path, name: str, start: int = 0) -> Logged:
         found.points.extend(_points(event, series))
         found.pictures.extend(_pictures(event))
         at = end
-    return found._replace(end=start + at)
+    found.end = start + at
+    return found
 
 
 def _points(event: Any, series: str) -> Iterator[Point]:

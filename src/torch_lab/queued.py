@@ -26,7 +26,7 @@ from torch_lab.experiment import Experiment
 from torch_lab.files import sha256_of
 from torch_lab.hparams import Hparams
 from torch_lab.mirror import STATE, Progress
-from torch_lab.redaction import masked_text
+from torch_lab.redaction import masked_message
 from torch_lab.runs import Run, artifacts_folder, decoded, plain_name, runs_of
 from torch_lab.sdk import task_of_agent
 from torch_lab.server import Server
@@ -168,7 +168,7 @@ class AgentTask:
             task=self.id,
             force=True,
             status_reason=type(error).__name__,
-            status_message=masked_text(f"{type(error).__name__}: {error}{hint}"),
+            status_message=masked_message(f"{type(error).__name__}: {error}{hint}"),
         )
 
 

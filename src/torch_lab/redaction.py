@@ -18,6 +18,7 @@ __all__ = [
     "masked",
     "masked_arguments",
     "masked_diff",
+    "masked_message",
     "masked_script",
     "masked_text",
     "secrets_around",
@@ -85,9 +86,13 @@ def is_secret(name: str) -> bool:
 
 
 def masked_text(text: str) -> str:
-    """Return `text` with what looks like a secret masked: in URLs, after `Bearer`, in `key=…`."""
-    without_urls = _URL.sub(rf"\1:{MASK}@", text)
-    return _WORD_VALUE.sub(_masked_pair, _BEARER.sub(rf"\1 {MASK}", without_urls))
+    """Return `text` with the passwords in its URLs masked, and what stands behind `Bearer`."""
+    return _BEARER.sub(rf"\1 {MASK}", _URL.sub(rf"\1:{MASK}@", text))
+
+
+def masked_message(text: str) -> str:
+    """Return words for people, such as those of an error, without `api_key=…` and the like."""
+    return _WORD_VALUE.sub(_masked_pair, masked_text(text))
 
 
 def _masked_pair(match: re.Match[str]) -> str:

@@ -33,7 +33,7 @@ from typing import Any
 from torch_lab.errors import CheckpointError, UserError, did_you_mean, listed
 from torch_lab.files import written_whole
 from torch_lab.processes import FolderLock, is_alive, process_started
-from torch_lab.redaction import masked, masked_arguments, masked_diff, masked_script, masked_text
+from torch_lab.redaction import masked, masked_arguments, masked_diff, masked_message, masked_script
 from torch_lab.scripts import running_script
 from torch_lab.utils import shown
 
@@ -508,7 +508,7 @@ class Run:
         """Record how the run ended."""
         self.record.state = state
         self.record.metrics = dict(metrics)
-        self.record.reason = reason and masked_text(reason)
+        self.record.reason = reason and masked_message(reason)
         self.record.ended = _now()
         try:
             (self.folder / _SPARE).unlink(missing_ok=True)
