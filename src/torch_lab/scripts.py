@@ -21,12 +21,13 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
 from torch_lab.errors import ScriptError, did_you_mean
+from torch_lab.provenance import HOOK, Recorder, copied, instrumented
 
 __all__ = [
     "Layer",
@@ -52,6 +53,8 @@ class Layer:
 
     path: Path
     hparams: Any
+    recorder: Recorder = field(repr=False, compare=False)
+    """What has followed them."""
 
 
 def import_script_as_module(path: str | Path) -> ModuleType:
@@ -78,7 +81,9 @@ def import_script_as_module(path: str | Path) -> ModuleType:
         raise _syntax_error(error, script) from error
     finally:
         _layers.reset(outer)
-    layers.append(Layer(script, copied(getattr(module, "hparams", None))))
+    recorder: Recorder = vars(module)[HOOK]
+    hparams = copied(getattr(module, "hparams", None))
+    layers.append(Layer(script, hparams, recorder))
     vars(module)["__layers__"] = tuple(layers)
     if (above := _layers.get()) is not None:
         above.extend(layers)
@@ -165,15 +170,6 @@ def _syntax_error(error: SyntaxError, script: Path) -> ScriptError:
     return ScriptError(f"{where}: {error.msg}", hint=f"{line.lstrip()}\n{caret}" if line else None)
 
 
-def copied(value: Any) -> Any:
-    """Return `value` with its dictionaries and lists copied, and everything in them shared."""
-    if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
-    if type(value) is list:
-        return [copied(item) for item in value]
-    return value
-
-
 def _name_of(script: Path) -> str:
     """Return the module name of `script`, in which dots and `#` have meanings of their own."""
     return f"{__name__}.{_escaped(str(script.parent))}.{_escaped(script.stem)}"
@@ -234,8 +230,39 @@ class _ScriptLoader(importlib.machinery.SourceFileLoader):
         return code
 
     def exec_module(self, module: ModuleType) -> None:
-        with running(Path(self.path)):
-            super().exec_module(module)
+        script = Path(self.path)
+        tree, statements = instrumented(self.get_data(self.path), script)
+        recorder = Recorder(script, vars(module), statements, _Bases(script))
+        vars(module)[HOOK] = recorder
+        with running(script):
+            exec(compile(tree, script, "exec", dont_inherit=True), vars(module))
+        recorder.end()
+
+
+class _Bases:
+    """Finds what has followed the layers of a script, and the siblings that it imports.
+
+    Args:
+        script: The script, which is running.
+    """
+
+    def __init__(self, script: Path) -> None:
+        self._package = f"{_name_of(script).rpartition('.')[0]}."
+        self._counts = 0, 0
+        self._found: list[Recorder] = []
+
+    def __call__(self) -> list[Recorder]:
+        """Return them, the newest first."""
+        layers = _layers.get() or []
+        if self._counts != (counts := (len(layers), len(sys.modules))):
+            siblings = [
+                vars(module)[HOOK]
+                for name, module in reversed(sys.modules.items())
+                if name.startswith(self._package) and HOOK in vars(module)
+            ]
+            self._found = [*(layer.recorder for layer in reversed(layers)), *siblings]
+            self._counts = counts
+        return self._found
 
 
 class _SiblingFinder(importlib.abc.MetaPathFinder):

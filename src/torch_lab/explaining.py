@@ -1,0 +1,110 @@
+"""Where each value of the hparams comes from, and what looks wrong in their layers.
+
+```
+config.learning_rate  0.0003
+  decrease_lr.py:16   0.0003
+  hparams.py:7        0.1
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch_lab.errors import HparamsError
+from torch_lab.experiment import Experiment
+from torch_lab.provenance import DELETED, Change, Key, spelt
+from torch_lab.redaction import masked
+from torch_lab.suggestions import nearest_key
+from torch_lab.utils import shown
+
+__all__ = ["Explained", "explained", "explained_rows", "layer_warnings"]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A key of the hparams, with all that has set it; secrets are masked."""
+
+    key: Key
+    changes: tuple[Change, ...]
+    """The newest first: the first one holds."""
+
+    @property
+    def name(self) -> str:
+        """The key as one types it."""
+        return spelt(self.key)
+
+    def record(self) -> dict[str, Any]:
+        """Return it in what JSON can hold."""
+        value = self.changes[0].value
+        return {
+            "key": self.name,
+            "value": None if value is DELETED else repr(value),
+            "is_deleted": value is DELETED,
+            "changes": [
+                {"file": str(change.file), "line": change.line, "value": repr(change.value)}
+                for change in self.changes
+            ],
+        }
+
+
+def explained(experiment: Experiment, wanted: Iterable[str] = ()) -> list[Explained]:
+    """Return what has set each value of an experiment's hparams, or those that are wanted.
+
+    Args:
+        experiment: The experiment.
+        wanted: Dotted keys, also of whole sections and of what was removed; without any, all
+            values that there are.
+
+    Raises:
+        HparamsError: There is no such key, and never was.
+    """
+    every = [_explained(key, changes) for key, changes in experiment.histories.items()]
+    found = [each for each in every if each.changes[0].value is not DELETED]
+    if not (names := list(wanted)):
+        return found
+    below = {name: [each for each in every if _is_below(each.name, name)] for name in names}
+    for name, each in below.items():
+        if not each:
+            near = nearest_key(name, [known.name for known in every])
+            raise HparamsError(
+                f"{shown(experiment.script)} has no {name}" + (f"; did you mean {near}?" if near else "")
+            )
+    return [each for found in below.values() for each in found]
+
+
+def _explained(key: Key, changes: Iterable[Change]) -> Explained:
+    def plain(value: Any) -> Any:
+        return value if value is DELETED else masked({key[-1]: value})[key[-1]]
+
+    newest_first = reversed(tuple(changes))
+    return Explained(
+        key, tuple(Change(each.file, each.line, plain(each.value)) for each in newest_first)
+    )
+
+
+def _is_below(name: str, section: str) -> bool:
+    return name == section or name.startswith((f"{section}.", f"{section}["))
+
+
+def explained_rows(found: Iterable[Explained]) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a report: each key with its value, and below it what has set it."""
+    for each in found:
+        yield each.name, repr(each.changes[0].value)
+        for number, change in enumerate(each.changes):
+            place = f"{shown(change.file)}:{change.line}"
+            yield f"  {'>' if number == 0 else ' '} {place}", repr(change.value)
+
+
+def layer_warnings(experiment: Experiment) -> Iterator[str]:
+    """Yield what looks wrong in the layers of an experiment, in words."""
+    yield from _foreign_bases(experiment)
+    for key, changes in experiment.histories.items():
+        for before, after in zip(changes, changes[1:], strict=False):
+            if before.file != after.file and _is_same(before.value, after.value):
+                yield (
+                    f"{shown(after.file)}:{after.line} sets {spelt(key)} to {after.value!r}, as "
+                    f"{shown(before.file)}:{before.line} has it"
+                )

@@ -1,0 +1,445 @@
+"""Which line set which value of the hparams, in scripts that are ordinary Python.
+
+An hparams script runs with a call behind each of its statements, which looks at what has become of
+its dictionary `hparams`: the dictionaries themselves are ordinary. Keys that a statement spells out
+are found at their own lines in it, all others at the line where it begins. What a script takes over
+from a layer keeps the history that it has there.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+__all__ = [
+    "DELETED",
+    "HOOK",
+    "Change",
+    "Histories",
+    "Key",
+    "Recorder",
+    "copied",
+    "instrumented",
+    "spelt",
+]
+
+Key: TypeAlias = tuple[Any, ...]
+"""Where a value is: the keys of dictionaries and the indices of lists on the way to it."""
+NAME: Final = "hparams"
+HOOK: Final = "__recorded__"
+"""The name that the calls behind the statements go by."""
+
+
+class _Deleted:
+    def __repr__(self) -> str:
+        return "deleted"
+
+
+DELETED: Final = _Deleted()
+"""What a key holds after it was removed."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that a line of a script has set."""
+
+    file: Path
+    line: int
+    value: Any
+    """What it was then; `DELETED` if the key was removed, and of a dictionary an empty one."""
+
+
+Histories: TypeAlias = dict[Key, tuple[Change, ...]]
+"""All changes of each value, the oldest first."""
+
+
+def spelt(key: Key) -> str:
+    """Return a key as one types it: `config.optimizers[1].lr`."""
+    words = ""
+    for part in key:
+        if isinstance(part, int) and not isinstance(part, bool):
+            words += f"[{part}]"
+        elif isinstance(part, str) and part.isidentifier():
+            words += f".{part}" if words else part
+        else:
+            words += f"[{part!r}]"
+    return words
+
+
+# Reading the script.
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """A statement, as far as its text tells what it does to the hparams."""
+
+    line: int
+    spelled: Mapping[Key, int] = field(default_factory=dict)
+    """The lines of the keys that it spells out, from the dictionary on that it writes to."""
+    is_local: bool = False
+    """Whether nothing can change but what it stores under one key."""
+
+    def line_of(self, key: Key, written_to: Sequence[Key]) -> int:
+        """Return the line that sets `key`, if this statement does."""
+        below = [key[len(path) :] for path in written_to if key[: len(path)] == path]
+        # Where it writes to may be unknown: then the end of a key tells.
+        for own in below or (key[start:] for start in range(len(key))):
+            for end in range(len(own), 0, -1):
+                if own[:end] in self.spelled:
+                    return self.spelled[own[:end]]
+        return self.line
+
+
+def instrumented(source: bytes, file: Path) -> tuple[ast.Module, list[_Statement]]:
+    """Return a script with a call behind each statement, and the statements by their numbers.
+
+    A script that binds no `hparams` stays as it is.
+
+    Raises:
+        SyntaxError: It is no Python.
+    """
+    tree = ast.parse(source, str(file))
+    statements: list[_Statement] = []
+    if _binds_hparams(tree):
+        tree.body = _with_calls(tree.body, statements)
+    return tree, statements
+
+
+def _binds_hparams(tree: ast.Module) -> bool:
+    return any(
+        (isinstance(node, ast.Name) and node.id == NAME and isinstance(node.ctx, ast.Store))
+        or (isinstance(node, ast.alias) and NAME in (node.asname, node.name))
+        for statement in tree.body
+        if not isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
+        for node in ast.walk(statement)
+    )
+
+
+def _with_calls(body: list[ast.stmt], statements: list[_Statement]) -> list[ast.stmt]:
+    found = []
+    for statement in body:
+        found.append(statement)
+        if isinstance(statement, ast.ClassDef):
+            continue
+        for name in ("body", "orelse", "finalbody"):
+            if inner := getattr(statement, name, None):
+                setattr(statement, name, _with_calls(inner, statements))
+        for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
+            part.body = _with_calls(part.body, statements)
+        if _may_change(statement):
+            found.append(_call(statement, statements))
+    return found
+
+
+def _may_change(statement: ast.stmt) -> bool:
+    """Return whether a statement may change the hparams, and the next one is reached after it."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        names = [alias.asname or alias.name for alias in statement.names]
+        return NAME in names or "*" in names
+    if isinstance(statement, ast.Expr):
+        return not isinstance(statement.value, ast.Constant)
+    quiet = (ast.Return, ast.Raise, ast.Break, ast.Continue, ast.Pass, ast.Global, ast.Nonlocal)
+    return not isinstance(statement, (*quiet, ast.FunctionDef, ast.AsyncFunctionDef))
+
+
+def _call(statement: ast.stmt, statements: list[_Statement]) -> ast.stmt:
+    written_to, spelled, is_local = _stored(statement)
+    at = {"lineno": statement.lineno, "col_offset": statement.col_offset}
+    arguments: list[ast.expr] = [ast.Constant(len(statements), **at)]
+    if written_to is not None:
+        # It is evaluated when whatever it raises is caught.
+        nothing = ast.arguments([], [], None, [], [], None, [])
+        arguments.append(ast.Lambda(nothing, ast.copy_location(written_to, statement), **at))
+    statements.append(_Statement(statement.lineno, spelled, is_local))
+    called = ast.Call(ast.Name(HOOK, ast.Load(), **at), arguments, [], **at)
+    return ast.Expr(called, **at)
+
+
+def _stored(statement: ast.stmt) -> tuple[ast.expr | None, dict[Key, int], bool]:
+    """Return what a statement writes to and under which keys, and whether that is all it does."""
+    match statement:
+        case ast.Assign(targets=[target, *_], value=value) | ast.AnnAssign(
+            target=target, value=value
+        ) if value is not None:
+            if isinstance(target, ast.Name) and target.id == NAME:
+                return ast.Name(NAME, ast.Load()), _spelled(value), False
+            return _under_key(target, value)
+        case ast.AugAssign(target=ast.Subscript() as target, value=value):
+            return _under_key(target, value)
+        case ast.AugAssign(target=ast.Name(name), op=ast.BitOr(), value=value):
+            return ast.Name(name, ast.Load()), _spelled(value), False
+        case ast.Expr(ast.Call(ast.Attribute(written_to, "update"), arguments, keywords)):
+            spelled = {key: line for each in arguments for key, line in _spelled(each).items()}
+            spelled |= _of_keywords(keywords)
+            return (written_to if _is_pure(written_to) else None), spelled, False
+    every = [node for node in ast.walk(statement) if isinstance(node, ast.Dict)]
+    return None, {key: line for node in every for key, line in _spelled(node).items()}, False
+
+
+def _under_key(target: ast.expr, value: ast.expr) -> tuple[ast.expr | None, dict[Key, int], bool]:
+    if not isinstance(target, ast.Subscript) or not _is_pure(target):
+        return None, _spelled(value), False
+    # The key's value is known when the statement has run: the pair stands for the place.
+    place = ast.Tuple([target.value, target.slice], ast.Load())
+    acts = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+    is_local = _is_pure(value) or not any(isinstance(node, acts) for node in ast.walk(value))
+    return place, _spelled(value), is_local
+
+
+def _is_pure(node: ast.expr) -> bool:
+    """Return whether an expression can be evaluated again without doing anything again."""
+    if isinstance(node, ast.Subscript):
+        return _is_pure(node.value) and _is_pure(node.slice)
+    if isinstance(node, ast.Attribute):
+        return _is_pure(node.value)
+    return isinstance(node, (ast.Name, ast.Constant))
+
+
+def _spelled(value: ast.expr) -> dict[Key, int]:
+    """Return the keys that a dictionary spells out, with those of dictionaries in it."""
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr):
+        return {**_spelled(value.left), **_spelled(value.right)}
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
+        return _of_keywords(value.keywords)
+    if not isinstance(value, ast.Dict):
+        return {}
+    found: dict[Key, int] = {}
+    for key, inner in zip(value.keys, value.values, strict=True):
+        if isinstance(key, ast.Constant):
+            found |= _entry(key.value, key.lineno, inner)
+    return found
+
+
+def _of_keywords(keywords: Sequence[ast.keyword]) -> dict[Key, int]:
+    found: dict[Key, int] = {}
+    for keyword in keywords:
+        if keyword.arg is not None:
+            found |= _entry(keyword.arg, keyword.value.lineno, keyword.value)
+    return found
+
+
+def _entry(key: Any, line: int, value: ast.expr) -> dict[Key, int]:
+    return {(key,): line} | {(key, *below): at for below, at in _spelled(value).items()}
+
+
+# Looking at the dictionary.
+
+
+class _Seen:
+    """What a dictionary or a list held when it was looked at last."""
+
+    def __init__(self, value: Any) -> None:
+        self.take(value)
+
+    def take(self, value: Any) -> None:
+        # All of it is kept, so that nothing else gets its identity.
+        self.value = value
+        self.parts = dict(_items(value))
+        self.inner = {key: _Seen(part) for key, part in self.parts.items() if _is_container(part)}
+
+    def changes(self, value: Any, path: Key) -> Iterator[tuple[Key, Any]]:
+        """Yield what has changed, by its key: values, lists as a whole; and take it over."""
+        if type(value) is list:
+            if not self._is_still(value):
+                self.take(value)
+                yield path, copied(value)
+            return
+        old, touched = self.parts, list(self.inner)
+        if not self._holds_the_same(value):
+            for key in [key for key in old if key not in value]:
+                yield from self.change_of(key, DELETED, path)
+            touched += [key for key, part in value.items() if old.get(key, DELETED) is not part]
+        for key in dict.fromkeys(touched):
+            if key in value:
+                yield from self.change_of(key, value[key], path)
+        if not value and (old or value is not self.value):
+            yield path, {}
+        # In the order of now, which the next look compares.
+        self.value, self.parts = value, dict(value)
+
+    def change_of(self, key: Any, part: Any, path: Key) -> Iterator[tuple[Key, Any]]:
+        """Yield what has changed under one key, and take it over."""
+        below, inner = (*path, key), self.inner.get(key)
+        if inner is not None and type(part) is type(inner.value):
+            yield from inner.changes(part, below)
+        elif inner is None and key in self.parts and self.parts[key] is part:
+            return
+        else:
+            if inner is not None and type(inner.value) is dict:
+                yield from ((leaf, DELETED) for leaf, _ in _leaves(inner.value_seen(), below))
+            elif part is DELETED:
+                yield below, DELETED
+            self.inner.pop(key, None)
+            if _is_container(part):
+                self.inner[key] = _Seen(part)
+            if part is not DELETED:
+                yield from _leaves(part, below)
+        if part is DELETED:
+            del self.parts[key]
+        else:
+            self.parts[key] = part
+
+    def value_seen(self) -> Any:
+        """Return the dictionary as it was."""
+        return {
+            key: self.inner[key].value_seen() if key in self.inner else part
+            for key, part in self.parts.items()
+        }
+
+    def places_of(self, container: Any, path: Key = ()) -> Iterator[tuple[Key, _Seen]]:
+        """Yield where a dictionary or list is in this one."""
+        if self.value is container:
+            yield path, self
+        for key, inner in self.inner.items():
+            yield from inner.places_of(container, (*path, key))
+
+    def _holds_the_same(self, value: Any) -> bool:
+        return (
+            len(value) == len(self.parts)
+            and list(value) == list(self.parts)
+            and all(map(is_, value.values(), self.parts.values()))
+        )
+
+    def _is_still(self, value: list[Any]) -> bool:
+        """Return whether a list, with the lists and dictionaries in it, is as it was."""
+        if len(value) != len(self.parts) or not all(map(is_, value, self.parts.values())):
+            return False
+        return not any(True for key in self.inner for _ in self.change_of(key, value[key], ()))
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in (dict, list)
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    yield from value.items() if type(value) is dict else enumerate(value)
+
+
+def _leaves(value: Any, path: Key) -> Iterator[tuple[Key, Any]]:
+    """Yield the values in nested dictionaries; lists are values, and so is an empty dictionary."""
+    if type(value) is dict and value:
+        for key, part in value.items():
+            yield from _leaves(part, (*path, key))
+    else:
+        yield path, copied(value)
+
+
+def copied(value: Any) -> Any:
+    """Return `value` with its dictionaries and lists copied, and everything in them shared."""
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if type(value) is list:
+        return [copied(item) for item in value]
+    return value
+
+
+class Recorder:
+    """Follows the dictionary `hparams` of a script that runs, and keeps what set its values.
+
+    Args:
+        file: The script.
+        namespace: Its global names.
+        statements: Those of its statements that call this.
+        bases: Returns the recorders of the layers that have run for it so far, the newest first.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        namespace: Mapping[str, Any],
+        statements: Sequence[_Statement],
+        bases: Callable[[], Iterable[Recorder]],
+    ) -> None:
+        self.histories: Histories = {}
+        self._file = file
+        self._namespace = namespace
+        self._statements = statements
+        self._bases = bases
+        self._seen = _Seen({})
+        self._has_ended = False
+
+    def __call__(self, number: int, written_to: Callable[[], Any] | None = None) -> None:
+        """Note what a statement has changed.
+
+        Args:
+            number: That of the statement.
+            written_to: Returns what it has written to, if its text tells: a dictionary, or one and
+                a key in it.
+        """
+        hparams = self._namespace.get(NAME)
+        if self._has_ended or type(hparams) is not dict:
+            return
+        statement = self._statements[number]
+        container, *under = _target(written_to)
+        is_local = statement.is_local and hparams is self._seen.value
+        places = list(self._seen.places_of(container)) if under and container is not None else []
+        if is_local and places:
+            changes = dict(
+                change
+                for path, seen in places
+                for change in seen.change_of(under[0], container[under[0]], path)
+            )
+        else:
+            changes = dict(self._seen.changes(hparams, ()))
+            places = [] if container is None else list(self._seen.places_of(container))
+        self._note(changes, statement, [(*path, *under) for path, _ in places], bool(under))
+
+    def end(self) -> None:
+        """Follow the script no more: functions of it may still be called."""
+        self._has_ended = True
+
+    def value_at(self, key: Key) -> Any:
+        """Return what the hparams hold at `key`; `DELETED` if there is nothing."""
+        value: Any = self._namespace.get(NAME)
+        for part in key:
+            try:
+                value = value[part]
+            except (LookupError, TypeError):
+                return DELETED
+        return value
+
+    def _note(
+        self,
+        changes: Mapping[Key, Any],
+        statement: _Statement,
+        written_to: Sequence[Key],
+        has_key: bool,
+    ) -> None:
+        own = {(*path, *key): line for path in written_to for key, line in statement.spelled.items()}
+        if has_key:
+            own |= {path: statement.line for path in written_to}
+        for key, value in changes.items():
+            line = own.get(key) or statement.line_of(key, written_to)
+            self._add(key, value, line, key not in own)
+        for key, line in own.items():
+            value = self.value_at(key)
+            if key not in changes and not (value is DELETED or (type(value) is dict and value)):
+                self._add(key, copied(value), line, may_be_of_base=False)
+
+    def _add(self, key: Key, value: Any, line: int, may_be_of_base: bool) -> None:
+        before = self.histories.get(key)
+        if before is None:
+            before = next((base.histories[key] for base in self._bases() if key in base.histories), ())
+            if before and may_be_of_base and _same(before[-1].value, value):
+                self.histories[key] = before
+                return
+        self.histories[key] = (*before, Change(self._file, line, value))
+
+
+def _target(written_to: Callable[[], Any] | None) -> tuple[Any, ...]:
+    try:
+        found = written_to() if written_to else None
+    except Exception:  # What it wrote to is gone again.
+        return (None,)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return one is other or (type(one) is type(other) and bool(one == other))
+    except Exception:  # Of what compares otherwise, such as arrays.
+        return False
