@@ -332,6 +332,33 @@ def sync(names: tuple[str, ...], everything: bool, as_json: bool) -> int:
         return int(ExitCode.DONE if is_equal else ExitCode.CODE_FAILED)
 
 
+@torch_lab.command(context_settings=_HELP)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@_json
+def explain(path: Path, keys: tuple[str, ...], as_json: bool) -> None:
+    """Show where each value of the hparams script at PATH comes from.
+
+    Below each key stand the lines that have set it, the newest first: that one holds. With KEYs
+    only those, or what is below them. Warnings name what looks wrong in the layers.
+    """
+    with _failures(debug=False):
+        from torch_lab import explaining
+        from torch_lab.console import print_rows
+        from torch_lab.experiment import Experiment
+
+        experiment = Experiment.load(path)
+        found = explaining.explained(experiment, keys)
+        warnings = list(explaining.layer_warnings(experiment))
+        if as_json:
+            keys_found = [each.record() for each in found]
+            click.echo(json.dumps({"keys": keys_found, "warnings": warnings}))
+            return
+        print_rows(explaining.explained_rows(found), sys.stdout)
+        for warning in warnings:
+            click.echo(f"warning: {warning}", err=True)
+
+
 @torch_lab.command("verify-resume", context_settings=_HELP)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(

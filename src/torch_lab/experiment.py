@@ -6,23 +6,29 @@ An experiment is a folder with a config script, `__main__.py`, and hparams scrip
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
 from torch_lab.components import InferComponents, TrainComponents
-from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean
+from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean, listed
 from torch_lab.hparams import Hparams
+from torch_lab.provenance import Change, Histories, Key, spelt
 from torch_lab.redaction import masked
 from torch_lab.runs import project_root
 from torch_lab.scripts import Layer, import_script_as_module, layers_of, running, siblings_of
+from torch_lab.tracked import tracked
 from torch_lab.utils import flattened, shown
 
 __all__ = ["Difference", "Experiment", "differences"]
 
+log = logging.getLogger(__name__)
+
 _CONFIG_SCRIPT = "__main__.py"
+_READ_BY_US = frozenset({"monitor", "monitor_mode"})
 
 
 class _Nothing:
@@ -91,6 +97,11 @@ class Experiment:
         return cls(script, hparams, layers_of(module))
 
     @property
+    def histories(self) -> Histories:
+        """What set each value of the hparams, in all layers."""
+        return self.layers[-1].recorder.histories
+
+    @property
     def folder(self) -> Path:
         """The experiment's folder."""
         return self.script.parent
@@ -126,17 +137,27 @@ class Experiment:
         first, last = self.layers[0].hparams, self.layers[-1].hparams
         return differences(masked(first) if isinstance(first, dict) else {}, masked(last))
 
-    def train_components(self) -> TrainComponents:
-        """Return what `train_config` makes of the hparams.
+    def train_components(self, *, strict: bool = False) -> TrainComponents:
+        """Return what `train_config` makes of the hparams; warn of keys that it has not read.
+
+        Args:
+            strict: Whether such keys are an error.
 
         Raises:
             ScriptError: The config script does not compile.
+            HparamsError: There are keys in `config` that it has not read, and this is `strict`.
             ComponentsError: It has no `train_config`, or that returned something else.
         """
         function = self._config_function("train_config")
         self._check_arguments(function, ())
+        given = self.hparams.as_dict()
+        given["config"], reads = tracked(given["config"])
         with running(self.config_script):
-            returned = _called(function, self.hparams.as_dict())
+            returned = _called(function, given)
+        del given  # Whoever holds it still may read it later; we do not.
+        if unread := self._set_by_scripts(reads.forgotten()):
+            self._tell_of_unread(unread, strict=strict)
+        reads.end()
         return TrainComponents.parse(returned, f"{shown(self.config_script)}: train_config")
 
     def infer_components(self, arguments: Sequence[str]) -> InferComponents:
@@ -152,6 +173,29 @@ class Experiment:
         with running(self.config_script):
             returned = _called(function, self.hparams.as_dict(), *arguments)
         return InferComponents.parse(returned, f"{shown(self.config_script)}: infer_config")
+
+    def _set_by_scripts(self, keys: Iterable[Key]) -> list[str]:
+        """Return keys of `config` with the lines that set them, without those that are ours."""
+        found = []
+        for key in keys:
+            change = self._last_change(("config", *key))
+            if change is not None and key[0] not in _READ_BY_US:
+                where = f"{shown(change.file)}:{change.line}"
+                found.append(f"{spelt(('config', *key))} ({where})")
+        return found
+
+    def _last_change(self, key: Key) -> Change | None:
+        """Return what has set a value; of one in a list what has set the list."""
+        histories = self.histories
+        ends = range(len(key), 1, -1)
+        return next((histories[key[:end]][-1] for end in ends if key[:end] in histories), None)
+
+    def _tell_of_unread(self, unread: Sequence[str], *, strict: bool) -> None:
+        told = f"{shown(self.config_script)}: train_config never reads {listed(unread, 8)}"
+        if strict:
+            hint = "mend or remove them, or have train_config read them"
+            raise HparamsError(told, hint)
+        log.warning("%s", told)
 
     def _config_function(self, name: str) -> Callable[..., object]:
         module = import_script_as_module(self.config_script)

@@ -9,13 +9,14 @@ config.learning_rate  0.0003
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch_lab.errors import HparamsError
 from torch_lab.experiment import Experiment
-from torch_lab.provenance import DELETED, Change, Key, spelt
+from torch_lab.provenance import DELETED, Change, Key, is_same, spelt
 from torch_lab.redaction import masked
 from torch_lab.suggestions import nearest_key
 from torch_lab.utils import shown
@@ -70,7 +71,8 @@ def explained(experiment: Experiment, wanted: Iterable[str] = ()) -> list[Explai
         if not each:
             near = nearest_key(name, [known.name for known in every])
             raise HparamsError(
-                f"{shown(experiment.script)} has no {name}" + (f"; did you mean {near}?" if near else "")
+                f"{shown(experiment.script)} has no {name}"
+                + (f"; did you mean {near}?" if near else "")
             )
     return [each for found in below.values() for each in found]
 
@@ -94,17 +96,53 @@ def explained_rows(found: Iterable[Explained]) -> Iterator[tuple[str, str]]:
     for each in found:
         yield each.name, repr(each.changes[0].value)
         for number, change in enumerate(each.changes):
-            place = f"{shown(change.file)}:{change.line}"
-            yield f"  {'>' if number == 0 else ' '} {place}", repr(change.value)
+            yield f"{'>' if number == 0 else ' '} {_place(change)}", repr(change.value)
 
 
 def layer_warnings(experiment: Experiment) -> Iterator[str]:
-    """Yield what looks wrong in the layers of an experiment, in words."""
-    yield from _foreign_bases(experiment)
+    """Yield what looks wrong in the layers of an experiment, a sentence each.
+
+    That is a base of another experiment, a value that a layer sets to what it was already, and a
+    key of `config` that a layer adds: it may be misspelt. Keys of the other sections are checked by
+    their names.
+    """
+    for layer in experiment.layers[:-1]:
+        if layer.recorder.histories and layer.path.parent != experiment.folder:
+            yield (
+                f"{shown(experiment.script)} is layered on {shown(layer.path)}, which is of "
+                f"another experiment, {layer.path.parent.name}"
+            )
     for key, changes in experiment.histories.items():
-        for before, after in zip(changes, changes[1:], strict=False):
-            if before.file != after.file and _is_same(before.value, after.value):
-                yield (
-                    f"{shown(after.file)}:{after.line} sets {spelt(key)} to {after.value!r}, as "
-                    f"{shown(before.file)}:{before.line} has it"
-                )
+        yield from _set_in_vain(key, changes)
+        if _is_added(experiment, key, changes):
+            yield _added(experiment, key, changes[0])
+
+
+def _set_in_vain(key: Key, changes: tuple[Change, ...]) -> Iterator[str]:
+    for before, after in itertools.pairwise(changes):
+        if before.file != after.file and is_same(before.value, after.value):
+            yield (
+                f"{_place(after)} sets {spelt(key)} to {after.value!r}, which it was already "
+                f"({_place(before)})"
+            )
+
+
+def _is_added(experiment: Experiment, key: Key, changes: tuple[Change, ...]) -> bool:
+    """Return whether a key of `config` is in no layer before the one that sets it first."""
+    base = next((layer.path for layer in experiment.layers if layer.recorder.histories), None)
+    return key[0] == "config" and len(key) > 1 and changes[0].file != base
+
+
+def _added(experiment: Experiment, key: Key, change: Change) -> str:
+    others = [
+        spelt(known)
+        for known, changes in experiment.histories.items()
+        if known != key and changes[0].file != change.file
+    ]
+    near = nearest_key(spelt(key), others)
+    mend = f"; did you mean {near}?" if near else ""
+    return f"{_place(change)} adds {spelt(key)}, which no layer before it has{mend}"
+
+
+def _place(change: Change) -> str:
+    return f"{shown(change.file)}:{change.line}"

@@ -24,6 +24,7 @@ __all__ = [
     "Recorder",
     "copied",
     "instrumented",
+    "is_same",
     "spelt",
 ]
 
@@ -148,22 +149,24 @@ def _may_change(statement: ast.stmt) -> bool:
 
 def _call(statement: ast.stmt, statements: list[_Statement]) -> ast.stmt:
     written_to, spelled, is_local = _stored(statement)
-    at = {"lineno": statement.lineno, "col_offset": statement.col_offset}
-    arguments: list[ast.expr] = [ast.Constant(len(statements), **at)]
+    arguments: list[ast.expr] = [ast.copy_location(ast.Constant(len(statements)), statement)]
     if written_to is not None:
         # It is evaluated when whatever it raises is caught.
         nothing = ast.arguments([], [], None, [], [], None, [])
-        arguments.append(ast.Lambda(nothing, ast.copy_location(written_to, statement), **at))
+        later = ast.Lambda(nothing, ast.copy_location(written_to, statement))
+        arguments.append(ast.copy_location(later, statement))
     statements.append(_Statement(statement.lineno, spelled, is_local))
-    called = ast.Call(ast.Name(HOOK, ast.Load(), **at), arguments, [], **at)
-    return ast.Expr(called, **at)
+    hook = ast.copy_location(ast.Name(HOOK, ast.Load()), statement)
+    called = ast.copy_location(ast.Call(hook, arguments, []), statement)
+    return ast.copy_location(ast.Expr(called), statement)
 
 
 def _stored(statement: ast.stmt) -> tuple[ast.expr | None, dict[Key, int], bool]:
     """Return what a statement writes to and under which keys, and whether that is all it does."""
     match statement:
-        case ast.Assign(targets=[target, *_], value=value) | ast.AnnAssign(
-            target=target, value=value
+        case (
+            ast.Assign(targets=[target, *_], value=value)
+            | ast.AnnAssign(target=target, value=value)
         ) if value is not None:
             if isinstance(target, ast.Name) and target.id == NAME:
                 return ast.Name(NAME, ast.Load()), _spelled(value), False
@@ -409,9 +412,10 @@ class Recorder:
         written_to: Sequence[Key],
         has_key: bool,
     ) -> None:
-        own = {(*path, *key): line for path in written_to for key, line in statement.spelled.items()}
+        spelled = statement.spelled.items()
+        own = {(*path, *key): line for path in written_to for key, line in spelled}
         if has_key:
-            own |= {path: statement.line for path in written_to}
+            own |= dict.fromkeys(written_to, statement.line)
         for key, value in changes.items():
             line = own.get(key) or statement.line_of(key, written_to)
             self._add(key, value, line, key not in own)
@@ -423,8 +427,9 @@ class Recorder:
     def _add(self, key: Key, value: Any, line: int, may_be_of_base: bool) -> None:
         before = self.histories.get(key)
         if before is None:
-            before = next((base.histories[key] for base in self._bases() if key in base.histories), ())
-            if before and may_be_of_base and _same(before[-1].value, value):
+            known = (base.histories[key] for base in self._bases() if key in base.histories)
+            before = next(known, ())
+            if before and may_be_of_base and is_same(before[-1].value, value):
                 self.histories[key] = before
                 return
         self.histories[key] = (*before, Change(self._file, line, value))
@@ -438,7 +443,8 @@ def _target(written_to: Callable[[], Any] | None) -> tuple[Any, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _same(one: Any, other: Any) -> bool:
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal, and of one type."""
     try:
         return one is other or (type(one) is type(other) and bool(one == other))
     except Exception:  # Of what compares otherwise, such as arrays.
