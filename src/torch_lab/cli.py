@@ -18,6 +18,7 @@ import click
 from torch_lab.errors import ExitCode, Interrupted, TorchLabError, UserError
 
 __all__ = [
+    "explain",
     "infer",
     "infer_entry",
     "main",
