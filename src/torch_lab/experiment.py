@@ -16,7 +16,7 @@ from typing import Any
 from torch_lab.components import InferComponents, TrainComponents
 from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean, listed
 from torch_lab.hparams import Hparams
-from torch_lab.provenance import Change, Histories, Key, spelt
+from torch_lab.provenance import Histories, Key, spelt
 from torch_lab.redaction import masked
 from torch_lab.runs import project_root
 from torch_lab.scripts import Layer, import_script_as_module, layers_of, running, siblings_of
@@ -28,6 +28,7 @@ __all__ = ["Difference", "Experiment", "differences"]
 log = logging.getLogger(__name__)
 
 _CONFIG_SCRIPT = "__main__.py"
+_STRUCTURE = "config_structure"
 _READ_BY_US = frozenset({"monitor", "monitor_mode"})
 
 
@@ -174,21 +175,41 @@ class Experiment:
             returned = _called(function, self.hparams.as_dict(), *arguments)
         return InferComponents.parse(returned, f"{shown(self.config_script)}: infer_config")
 
+    def check_structure(self, module: ModuleType) -> None:
+        """Check that `config` is as the config script says, if it does.
+
+        Args:
+            module: The config script, which may hold a `config_structure`.
+
+        Raises:
+            HparamsError: It is not, with every place where it is not; or the structure is wrong.
+        """
+        if hasattr(module, _STRUCTURE):
+            from torch_lab.structures import Structure
+
+            given = getattr(module, _STRUCTURE)
+            structure = Structure.read(given, "config", shown(self.config_script))
+            added = self.hparams.added
+            config = {key: value for key, value in self.hparams.config.items() if key not in added}
+            structure.check(config, shown(self.script), self._line_of)
+
     def _set_by_scripts(self, keys: Iterable[Key]) -> list[str]:
         """Return keys of `config` with the lines that set them, without those that are ours."""
         found = []
         for key in keys:
-            change = self._last_change(("config", *key))
-            if change is not None and key[0] not in _READ_BY_US:
-                where = f"{shown(change.file)}:{change.line}"
-                found.append(f"{spelt(('config', *key))} ({where})")
+            line = self._line_of(key)
+            if line is not None and key[0] not in _READ_BY_US:
+                found.append(f"{spelt(('config', *key))} ({line})")
         return found
 
-    def _last_change(self, key: Key) -> Change | None:
-        """Return what has set a value; of one in a list what has set the list."""
-        histories = self.histories
-        ends = range(len(key), 1, -1)
-        return next((histories[key[:end]][-1] for end in ends if key[:end] in histories), None)
+    def _line_of(self, key: Key) -> str | None:
+        """Return the `file:line` that set a value of `config`, or the list that holds it."""
+        path, histories = ("config", *key), self.histories
+        for end in range(len(path), 1, -1):
+            if path[:end] in histories:
+                change = histories[path[:end]][-1]
+                return f"{shown(change.file)}:{change.line}"
+        return None
 
     def _tell_of_unread(self, unread: Sequence[str], *, strict: bool) -> None:
         told = f"{shown(self.config_script)}: train_config never reads {listed(unread, 8)}"
@@ -199,6 +220,7 @@ class Experiment:
 
     def _config_function(self, name: str) -> Callable[..., object]:
         module = import_script_as_module(self.config_script)
+        self.check_structure(module)
         where = shown(self.config_script)
         if not hasattr(module, name):
             others = set(_own_names(module)) - {"train_config", "infer_config"}

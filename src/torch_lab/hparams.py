@@ -155,6 +155,8 @@ class Hparams:
     seed: int
     loader_timeout: float | None
     """Seconds that the workers of a loader may take for a batch; None for any time."""
+    added: frozenset[str] = frozenset()
+    """The keys of `config` that no script has set."""
 
     @classmethod
     def parse(cls, given: object, path: Path, project_name: str) -> Hparams:
@@ -220,7 +222,7 @@ class Hparams:
             self,
             task={**self.task, "project_name": "test"},
             trainer=replace(self.trainer, init=init),
-            config={**self.config, "num_workers": 0},
+            **self._without_workers(),
         )
 
     def for_debug(self) -> Hparams:
@@ -228,8 +230,12 @@ class Hparams:
         return replace(
             self,
             trainer=replace(self.trainer, init={**self.trainer.init, "detect_anomaly": True}),
-            config={**self.config, "num_workers": 0},
+            **self._without_workers(),
         )
+
+    def _without_workers(self) -> dict[str, Any]:
+        added = {"num_workers"} - self.config.keys()
+        return {"config": {**self.config, "num_workers": 0}, "added": self.added | added}
 
 
 class _Check:
