@@ -18,6 +18,7 @@ import click
 from torch_lab.errors import ExitCode, Interrupted, TorchLabError, UserError
 
 __all__ = [
+    "diff",
     "explain",
     "infer",
     "infer_entry",
@@ -358,6 +359,38 @@ def explain(path: Path, keys: tuple[str, ...], as_json: bool) -> None:
         print_rows(explaining.explained_rows(found), sys.stdout)
         for warning in warnings:
             click.echo(f"warning: {warning}", err=True)
+
+
+@torch_lab.command(context_settings=_HELP)
+@click.argument("one", metavar="A")
+@click.argument("other", metavar="B")
+@click.option("--exit-code", is_flag=True, help="End with 1 if anything differs, as diff does.")
+@click.option("--verbose", "-v", is_flag=True, help="Show the lines of the code that differ.")
+@_json
+def diff(one: str, other: str, exit_code: bool, verbose: bool, as_json: bool) -> int:
+    """Show in what A and B differ: hparams, code, packages and results.
+
+    Each is the path of an hparams script, which stands for what it is now; the name or the folder
+    of a run, or its name without the version for the newest; or one of its checkpoints, RUN@best.
+    """
+    with _failures(debug=False):
+        from torch_lab.comparing import compared
+        from torch_lab.console import print_rows, print_table
+
+        # What the scripts print is no part of it.
+        with contextlib.redirect_stdout(sys.stderr):
+            comparison = compared(one, other)
+        if as_json:
+            click.echo(json.dumps(comparison.record()))
+        else:
+            print_rows(comparison.header(), sys.stdout)
+            for titles, rows in comparison.tables():
+                print_table(titles, rows, sys.stdout)
+            for line in comparison.details() if verbose else ():
+                click.echo(line)
+            print_rows(comparison.footer(), sys.stdout)
+        differs = exit_code and not comparison.is_equal
+        return int(ExitCode.CODE_FAILED if differs else ExitCode.DONE)
 
 
 @torch_lab.command("verify-resume", context_settings=_HELP)

@@ -16,6 +16,7 @@ from typing import Any
 from torch_lab.components import InferComponents, TrainComponents
 from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean, listed
 from torch_lab.hparams import Hparams
+from torch_lab.imports import imported_files
 from torch_lab.provenance import Histories, Key, spelt
 from torch_lab.redaction import masked
 from torch_lab.runs import project_root
@@ -129,9 +130,10 @@ class Experiment:
 
     @property
     def scripts(self) -> tuple[Path, ...]:
-        """Every script that makes the experiment so far, and the siblings that they import."""
-        layers = [layer.path for layer in self.layers]
-        return tuple(dict.fromkeys([*layers, self.config_script, *siblings_of(self.script)]))
+        """Every script that makes the experiment so far, and what they import of the project."""
+        scripts = [*(layer.path for layer in self.layers), self.config_script]
+        scripts += siblings_of(self.script)
+        return tuple(dict.fromkeys([*scripts, *imported_files(scripts, self.folder, self.root)]))
 
     def differences(self) -> list[Difference]:
         """Return in what the hparams differ from those of the base layer."""

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 __all__ = [
     "DELETED",
     "HOOK",
+    "NAME",
     "Change",
     "Histories",
     "Key",

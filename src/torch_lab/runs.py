@@ -47,6 +47,7 @@ __all__ = [
     "decoded",
     "encoded",
     "find_run",
+    "installed_packages",
     "is_made_here",
     "latest_unfinished",
     "plain_name",
@@ -171,7 +172,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _installed_packages() -> dict[str, str]:
+def installed_packages() -> dict[str, str]:
     """Return the installed distributions by their folders' names: to open each takes 0.1 s."""
     found: dict[str, str] = {}
     for folder in sys.path:
@@ -210,7 +211,7 @@ class RunRecord:
     resumed: list[dict[str, Any]] = field(default_factory=list)
     """Each time that the run was gone on with: when, where, by which command, from which step."""
     python: str = field(default_factory=lambda: sys.version.split()[0])
-    packages: dict[str, str] = field(default_factory=_installed_packages)
+    packages: dict[str, str] = field(default_factory=installed_packages)
     commit: str | None = None
     branch: str | None = None
     repository: str | None = None
