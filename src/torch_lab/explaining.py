@@ -107,7 +107,9 @@ def layer_warnings(experiment: Experiment) -> Iterator[str]:
     their names.
     """
     for layer in experiment.layers[:-1]:
-        if layer.recorder.histories and layer.path.parent != experiment.folder:
+        is_elsewhere = layer.path.parent != experiment.folder
+        # A folder of bases alone is no experiment.
+        if is_elsewhere and layer.path.with_name(experiment.config_script.name).is_file():
             yield (
                 f"{shown(experiment.script)} is layered on {shown(layer.path)}, which is of "
                 f"another experiment, {layer.path.parent.name}"

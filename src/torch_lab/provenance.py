@@ -23,6 +23,7 @@ __all__ = [
     "Histories",
     "Key",
     "Recorder",
+    "binds_hparams",
     "copied",
     "instrumented",
     "is_same",
@@ -106,12 +107,13 @@ def instrumented(source: bytes, file: Path) -> tuple[ast.Module, list[_Statement
     """
     tree = ast.parse(source, str(file))
     statements: list[_Statement] = []
-    if _binds_hparams(tree):
+    if binds_hparams(tree):
         tree.body = _with_calls(tree.body, statements)
     return tree, statements
 
 
-def _binds_hparams(tree: ast.Module) -> bool:
+def binds_hparams(tree: ast.Module) -> bool:
+    """Return whether a script binds the name `hparams`, outside of its functions and classes."""
     return any(
         (isinstance(node, ast.Name) and node.id == NAME and isinstance(node.ctx, ast.Store))
         or (isinstance(node, ast.alias) and NAME in (node.asname, node.name))
@@ -252,7 +254,7 @@ class _Seen:
                 self.take(value)
                 yield path, copied(value)
             return
-        old, touched = self.parts, list(self.inner)
+        old, had_any, touched = self.parts, bool(self.parts), list(self.inner)
         if not self._holds_the_same(value):
             for key in [key for key in old if key not in value]:
                 yield from self.change_of(key, DELETED, path)
@@ -260,7 +262,7 @@ class _Seen:
         for key in dict.fromkeys(touched):
             if key in value:
                 yield from self.change_of(key, value[key], path)
-        if not value and (old or value is not self.value):
+        if not value and path and (had_any or value is not self.value):
             yield path, {}
         # In the order of now, which the next look compares.
         self.value, self.parts = value, dict(value)
@@ -288,18 +290,24 @@ class _Seen:
             self.parts[key] = part
 
     def value_seen(self) -> Any:
-        """Return the dictionary as it was."""
-        return {
+        """Return the dictionary or list as it was."""
+        parts = {
             key: self.inner[key].value_seen() if key in self.inner else part
             for key, part in self.parts.items()
         }
+        return list(parts.values()) if type(self.value) is list else parts
 
     def places_of(self, container: Any, path: Key = ()) -> Iterator[tuple[Key, _Seen]]:
-        """Yield where a dictionary or list is in this one."""
-        if self.value is container:
+        """Yield where a dictionary or list is in this one; of what is in a list, where that is."""
+        is_list = type(self.value) is list
+        if self.value is container or (is_list and self._holds(container)):
             yield path, self
-        for key, inner in self.inner.items():
-            yield from inner.places_of(container, (*path, key))
+        elif not is_list:
+            for key, inner in self.inner.items():
+                yield from inner.places_of(container, (*path, key))
+
+    def _holds(self, container: Any) -> bool:
+        return any(True for inner in self.inner.values() for _ in inner.places_of(container))
 
     def _holds_the_same(self, value: Any) -> bool:
         return (
@@ -381,7 +389,7 @@ class Recorder:
         container, *under = _target(written_to)
         is_local = statement.is_local and hparams is self._seen.value
         places = list(self._seen.places_of(container)) if under and container is not None else []
-        if is_local and places:
+        if is_local and places and all(type(seen.value) is dict for _, seen in places):
             changes = dict(
                 change
                 for path, seen in places
@@ -390,11 +398,22 @@ class Recorder:
         else:
             changes = dict(self._seen.changes(hparams, ()))
             places = [] if container is None else list(self._seen.places_of(container))
-        self._note(changes, statement, [(*path, *under) for path, _ in places], bool(under))
+        # A list is a value: what is written into it is written to all of it.
+        written = [path if type(seen.value) is list else (*path, *under) for path, seen in places]
+        self._note(changes, statement, written, bool(under))
 
     def end(self) -> None:
         """Follow the script no more: functions of it may still be called."""
         self._has_ended = True
+        # What a layer has removed never comes into sight here.
+        for base in self._bases():
+            for key, changes in base.histories.items():
+                if changes[-1].value is DELETED and not self._is_value(key):
+                    self.histories.setdefault(key, changes)
+
+    def _is_value(self, key: Key) -> bool:
+        value = self.value_at(key)
+        return value is not DELETED and not (type(value) is dict and value)
 
     def value_at(self, key: Key) -> Any:
         """Return what the hparams hold at `key`; `DELETED` if there is nothing."""
@@ -417,9 +436,19 @@ class Recorder:
         own = {(*path, *key): line for path in written_to for key, line in spelled}
         if has_key:
             own |= dict.fromkeys(written_to, statement.line)
+        emptied = {
+            key[:end]
+            for key, value in changes.items()
+            if value is DELETED
+            for end in range(len(key))
+        }
         for key, value in changes.items():
+            for end in range(1, len(key) if value is not DELETED else 0):
+                if (section := key[:end]) in self.histories:
+                    line = own.get(section) or statement.line_of(section, written_to)
+                    self._make_section(section, line)
             line = own.get(key) or statement.line_of(key, written_to)
-            self._add(key, value, line, key not in own)
+            self._add(key, value, line, key not in own and key not in emptied)
         for key, line in own.items():
             value = self.value_at(key)
             if key not in changes and not (value is DELETED or (type(value) is dict and value)):
@@ -430,10 +459,18 @@ class Recorder:
         if before is None:
             known = (base.histories[key] for base in self._bases() if key in base.histories)
             before = next(known, ())
-            if before and may_be_of_base and is_same(before[-1].value, value):
-                self.histories[key] = before
-                return
+        if before and may_be_of_base and is_same(before[-1].value, value):
+            self.histories[key] = before
+            return
         self.histories[key] = (*before, Change(self._file, line, value))
+
+    def _make_section(self, key: Key, line: int) -> None:
+        """Note that there is a section, where a value may have been."""
+        changes = self.histories[key]
+        if all(type(change.value) is dict for change in changes):
+            del self.histories[key]  # It was a section all the time, and empty.
+        elif changes[-1].value is not DELETED:
+            self.histories[key] = (*changes, Change(self._file, line, DELETED))
 
 
 def _target(written_to: Callable[[], Any] | None) -> tuple[Any, ...]:
@@ -445,8 +482,16 @@ def _target(written_to: Callable[[], Any] | None) -> tuple[Any, ...]:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Return whether two values are equal, and of one type."""
+    """Return whether two values are equal, and of one type; so are all that is in them."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
     try:
-        return one is other or (type(one) is type(other) and bool(one == other))
+        return bool(one == other)
     except Exception:  # Of what compares otherwise, such as arrays.
         return False

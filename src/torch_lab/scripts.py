@@ -42,6 +42,7 @@ __all__ = [
 
 __path__: list[str] = []  # Makes this module a package: scripts are its sub-modules.
 
+_LAYERS = "__layers__"
 _RUN_NUMBER = re.compile(r"#\d+$")
 _running: ContextVar[tuple[Path, ...]] = ContextVar("running scripts", default=())
 _layers: ContextVar[list[Layer] | None] = ContextVar("layers of the running script", default=None)
@@ -84,7 +85,7 @@ def import_script_as_module(path: str | Path) -> ModuleType:
     recorder: Recorder = vars(module)[HOOK]
     hparams = copied(getattr(module, "hparams", None))
     layers.append(Layer(script, hparams, recorder))
-    vars(module)["__layers__"] = tuple(layers)
+    vars(module)[_LAYERS] = tuple(layers)
     if (above := _layers.get()) is not None:
         above.extend(layers)
     return module
@@ -92,7 +93,7 @@ def import_script_as_module(path: str | Path) -> ModuleType:
 
 def layers_of(module: ModuleType) -> tuple[Layer, ...]:
     """Return every script that ran for `module`, the base layer first and its own last."""
-    layers: tuple[Layer, ...] = vars(module)["__layers__"]
+    layers: tuple[Layer, ...] = vars(module)[_LAYERS]
     return layers
 
 
@@ -258,11 +259,16 @@ class _Bases:
             siblings = [
                 vars(module)[HOOK]
                 for name, module in reversed(sys.modules.items())
-                if name.startswith(self._package) and HOOK in vars(module)
+                if name.startswith(self._package) and _is_sibling(module)
             ]
             self._found = [*(layer.recorder for layer in reversed(layers)), *siblings]
             self._counts = counts
         return self._found
+
+
+def _is_sibling(module: ModuleType) -> bool:
+    """Return whether a script was imported by its short name, and is no layer, maybe of old."""
+    return HOOK in vars(module) and _LAYERS not in vars(module)
 
 
 class _SiblingFinder(importlib.abc.MetaPathFinder):
