@@ -177,6 +177,7 @@ class Look(pl.Callback):
             "results": results,
             "item": item,
             "metric": BinaryAccuracy(),
+            "tensor": torch.ones(1),
             "DataLoader": DataLoader,
             "Task": clearml.Task,
             "made": clearml.Task,

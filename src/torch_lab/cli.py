@@ -18,6 +18,7 @@ import click
 from torch_lab.errors import ExitCode, Interrupted, TorchLabError, UserError
 
 __all__ = [
+    "check",
     "diff",
     "explain",
     "infer",
@@ -349,7 +350,9 @@ def explain(path: Path, keys: tuple[str, ...], as_json: bool) -> None:
         from torch_lab.console import print_rows
         from torch_lab.experiment import Experiment
 
-        experiment = Experiment.load(path)
+        # What the scripts print is no part of it.
+        with contextlib.redirect_stdout(sys.stderr):
+            experiment = Experiment.load(path)
         found = explaining.explained(experiment, keys)
         warnings = list(explaining.layer_warnings(experiment))
         if as_json:
@@ -391,6 +394,33 @@ def diff(one: str, other: str, exit_code: bool, verbose: bool, as_json: bool) ->
             print_rows(comparison.footer(), sys.stdout)
         differs = exit_code and not comparison.is_equal
         return int(ExitCode.CODE_FAILED if differs else ExitCode.DONE)
+
+
+@torch_lab.command(context_settings=_HELP)
+@click.argument(
+    "paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option(
+    "--no-batch", is_flag=True, help="Look at scripts and keys alone: make no model, read no data."
+)
+@_offline
+@_json
+def check(paths: tuple[Path, ...], no_batch: bool, offline: bool, as_json: bool) -> int:
+    """Check the hparams scripts at PATH... as far as can be without training.
+
+    A batch of each goes forward and backward on the CPU, and nothing of it is kept. Scripts that
+    hold no hparams are left out. Ends with 1 if anything is not ok.
+    """
+    with _failures(debug=False):
+        from torch_lab import checking
+
+        tracking = "offline" if offline else "auto"
+        checked = checking.check(paths, batch=not no_batch, tracking=tracking)
+        if as_json:
+            click.echo(json.dumps(checked.record()))
+        else:
+            checked.show(sys.stdout)
+        return int(ExitCode.DONE if checked.is_ok else ExitCode.CODE_FAILED)
 
 
 @torch_lab.command("verify-resume", context_settings=_HELP)

@@ -96,7 +96,7 @@ class ExactResume(pl.Callback):
         """Set loops, metrics and sums to where the checkpoint left them; defer signals."""
         self._writer = _writer_of(trainer)
         self._processes = trainer.world_size
-        for reason in [*self.loaders.reasons, *self._reasons_of(pl_module)]:
+        for reason in self.reasons(pl_module):
             log.warning("if this run is interrupted, it cannot go on exactly: %s", reason)
         if self._restored is not None:
             self._check_changes(trainer, self._restored["conditions"])
@@ -203,8 +203,13 @@ class ExactResume(pl.Callback):
         epoch = trainer.current_epoch if is_training else 0
         return derived(self.seed, stream, epoch, trainer.global_rank)
 
-    def _reasons_of(self, module: torch.nn.Module) -> Iterator[str]:
-        """Yield why the module may make it inexact."""
+    def reasons(self, module: torch.nn.Module) -> Iterator[str]:
+        """Yield why a run may not be exact after an interruption, a sentence each.
+
+        Args:
+            module: What is trained; its loaders must be known by now.
+        """
+        yield from self.loaders.reasons
         compiled = (part for part in module.modules() if type(part).__name__ == "OptimizedModule")
         chooses = any(getattr(part.dynamo_ctx, "_dynamic", None) is None for part in compiled)
         if chooses and self.loaders.have_partial_batches:

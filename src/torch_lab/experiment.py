@@ -140,6 +140,21 @@ class Experiment:
         first, last = self.layers[0].hparams, self.layers[-1].hparams
         return differences(masked(first) if isinstance(first, dict) else {}, masked(last))
 
+    def check_config_script(self) -> bool:
+        """Run the config script, and see that its `train_config` could be called.
+
+        Returns:
+            Whether it says what `config` should look like.
+
+        Raises:
+            ScriptError: It does not compile.
+            HparamsError: `config` does not look like that.
+            ComponentsError: It has no `train_config`, or that takes something else than hparams.
+        """
+        module = self._config_module()
+        self._check_arguments(self._function_in(module, "train_config"), ())
+        return hasattr(module, _STRUCTURE)
+
     def train_components(self, *, strict: bool = False) -> TrainComponents:
         """Return what `train_config` makes of the hparams; warn of keys that it has not read.
 
@@ -151,7 +166,7 @@ class Experiment:
             HparamsError: There are keys in `config` that it has not read, and this is `strict`.
             ComponentsError: It has no `train_config`, or that returned something else.
         """
-        function = self._config_function("train_config")
+        function = self._function_in(self._config_module(), "train_config")
         self._check_arguments(function, ())
         given = self.hparams.as_dict()
         given["config"], reads = tracked(given["config"])
@@ -171,7 +186,7 @@ class Experiment:
             ComponentsError: It has no `infer_config`, that takes other arguments, or it returned
                 something else than components.
         """
-        function = self._config_function("infer_config")
+        function = self._function_in(self._config_module(), "infer_config")
         self._check_arguments(function, arguments)
         with running(self.config_script):
             returned = _called(function, self.hparams.as_dict(), *arguments)
@@ -220,9 +235,13 @@ class Experiment:
             raise HparamsError(told, hint)
         log.warning("%s", told)
 
-    def _config_function(self, name: str) -> Callable[..., object]:
+    def _config_module(self) -> ModuleType:
+        """Return the config script, after `config` was checked by it."""
         module = import_script_as_module(self.config_script)
         self.check_structure(module)
+        return module
+
+    def _function_in(self, module: ModuleType, name: str) -> Callable[..., object]:
         where = shown(self.config_script)
         if not hasattr(module, name):
             others = set(_own_names(module)) - {"train_config", "infer_config"}

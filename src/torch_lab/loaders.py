@@ -49,7 +49,7 @@ from torch_lab.seeds import (
 from torch_lab.utils import length_of
 from torch_lab.workers import UNALIKE, Desk, IteratorMaker, Watch, WorkerStart
 
-__all__ = ["Loaders"]
+__all__ = ["Loaders", "given_to"]
 
 _STAGES: Final = {
     "train": ("train_dataloaders", Stream.TRAIN),
@@ -236,6 +236,8 @@ class Loaders:
                 loader = copy.copy(loader)
             _undo(loader, fitting)
         before = dict(vars(loader))
+        if role.trains:
+            self._reasons[role.name] = _reasons(loader, role)
         self._fit_workers(loader)
         self._fit_data(loader, role)
         changed = {key: before[key] for key in before if vars(loader)[key] is not before[key]}
@@ -254,9 +256,6 @@ class Loaders:
             vars(loader).update(worker_init_fn=start, timeout=loader.timeout or self.timeout or 0)
 
     def _fit_data(self, loader: DataLoader[Any], role: _Role) -> None:
-        reasons = _reasons(loader, role)
-        if role.trains:
-            self._reasons[role.name] = reasons
         if isinstance(loader.dataset, (IterDataPipe, MapDataPipe)):
             return
         generator = SeededGenerator.seeded(role.bits(self.position.seed))
@@ -323,6 +322,12 @@ class _Fitting:
     by: object
     role: _Role
     before: Mapping[str, Any]
+
+
+def given_to(loader: DataLoader[Any], name: str) -> Any:
+    """Return what the user has given a loader under `name`, also after it was fitted for a run."""
+    fitting = vars(loader).get("_fitting")
+    return (fitting.before if fitting else {}).get(name, vars(loader).get(name))
 
 
 def _undo(loader: DataLoader[Any], fitting: _Fitting) -> None:

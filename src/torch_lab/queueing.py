@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,8 +26,7 @@ from torch_lab.errors import (
 )
 from torch_lab.experiment import Experiment
 from torch_lab.packing import Packed, is_checkout, pack, verify
-from torch_lab.redaction import masked
-from torch_lab.runs import Run, encoded, runs_of, unversioned
+from torch_lab.runs import Run, runs_of, unversioned
 from torch_lab.server import Server, file_url
 from torch_lab.signals import stopping_on_signals
 from torch_lab.task_record import (
@@ -47,15 +46,6 @@ __all__ = ["Queued", "enqueue"]
 log = logging.getLogger(__name__)
 
 _UPLOAD_S: Final = 60.0
-_ANY_MACHINE: Final = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "num_nodes": 1,
-    "precision": None,
-    "strategy": "auto",
-    "sync_batchnorm": False,
-}
-"""What replaces the settings that are for the agent's machine, for a look at all others here."""
 _ENTRY: Final = "torch_lab_queued.py"
 
 
@@ -131,15 +121,10 @@ def _checked(experiment: Experiment, *, trust: bool) -> Run:
     Raises:
         UserError: A script, the hparams, the components or the checkpoint are wrong.
     """
-    hparams = experiment.hparams
-    init = {**hparams.trainer.init, **_ANY_MACHINE}
-    here = replace(hparams, trainer=replace(hparams.trainer, init=init))
+    options = Options(trust=trust, tracking="auto", only_checks=True)
     with stopping_on_signals() as stop:
-        training = prepared(
-            replace(experiment, hparams=here), Options(trust=trust, tracking="auto"), stop
-        )
+        training = prepared(experiment, options, stop)
     run, source = training.run, training.source
-    run.record.hparams = masked(encoded(hparams.as_dict()))
     if source is not None:
         run.record.hparams["checkpoint"]["checkpoint_task_id"] = _task_of(source)
     return run

@@ -62,7 +62,7 @@ from torch_lab.utils import process_rank, shown
 from torch_lab.weights import load_source, loaded_from
 from torch_lab.workers import explained
 
-__all__ = ["Inference", "infer", "train", "train_with"]
+__all__ = ["Inference", "infer", "known_failures_as_ours", "train", "train_with"]
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +313,7 @@ def infer(
         callbacks = [*components.callbacks, *given_callbacks(hparams)]
         trainer = build_trainer(hparams, callbacks, experiment.root)
         _warn_if_nothing_is_kept(callbacks, how)
-        with _known_failures_as_ours(experiment, loaders):
+        with known_failures_as_ours(experiment, loaders):
             predictions = trainer.predict(components.module, predicted, **how)
             leave_process_group()
         files = tuple(each.path for each in callbacks if isinstance(each, PredictionWriter))
@@ -359,7 +359,7 @@ def _recorded(training: Training, console: Console, stop: StopRequest) -> Iterat
     try:
         training.reserve()
         console.attach(run.console_log)
-        with _known_failures_as_ours(experiment, training.loaders):
+        with known_failures_as_ours(experiment, training.loaders):
             run.write_sources(experiment.root, experiment.scripts, training.code.changes)
             _keep_untracked(training)
             yield
@@ -427,7 +427,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _known_failures_as_ours(experiment: Experiment, loaders: Loaders) -> Iterator[None]:
+def known_failures_as_ours(experiment: Experiment, loaders: Loaders) -> Iterator[None]:
     """Raise errors of ours for what others say in words that help nobody.
 
     These are settings that do not go together, workers that died, and memory that is too small.

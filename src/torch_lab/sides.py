@@ -5,20 +5,20 @@ Of a run its folder tells. Nothing but the hparams scripts is run, and no checkp
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from torch_lab.afresh import imported_afresh
 from torch_lab.errors import CheckpointError, UserError, did_you_mean, listed
 from torch_lab.experiment import Experiment
-from torch_lab.imports import is_of_project, unkept_imports
+from torch_lab.imports import unkept_imports
 from torch_lab.provenance import spelt
 from torch_lab.redaction import masked, masked_script
 from torch_lab.runs import (
@@ -35,7 +35,6 @@ __all__ = ["Line", "Side"]
 
 _CONFIG_SCRIPT: Final = "__main__.py"
 _RESUMED: Final = re.compile(r"resumed-\d+")
-_SCRIPTS: Final = "torch_lab.scripts."
 
 Line: TypeAlias = tuple[str, int]
 """A script, by its path in the project, and a line in it."""
@@ -106,7 +105,7 @@ class Side:
 
 
 def _of_script(path: Path) -> Side:
-    with _imported_afresh(project_root(path.resolve())):
+    with imported_afresh(project_root(path.resolve())):
         experiment = Experiment.load(path)
         hparams = masked(encoded(experiment.hparams.as_dict()))
         scripts = experiment.scripts
@@ -133,21 +132,6 @@ def _of_script(path: Path) -> Side:
         packages={"python": sys.version.split()[0], **installed_packages()},
         look_up=look_up,
     )
-
-
-@contextlib.contextmanager
-def _imported_afresh(root: Path) -> Iterator[None]:
-    """Forget the modules of the project at `root` that are imported meanwhile.
-
-    Two scripts that change a dictionary of a module which both import would change the same one.
-    """
-    before = set(sys.modules)
-    try:
-        yield
-    finally:
-        for name in set(sys.modules) - before:
-            if name.startswith(_SCRIPTS) or is_of_project(sys.modules[name], root):
-                del sys.modules[name]
 
 
 def _masked(script: Path) -> bytes:

@@ -6,23 +6,22 @@ trace at `path` of rank 0 is `path.0`, and what came out of the training is `pat
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from torch_lab.checkpoints import DESCRIPTION, source_of
+from torch_lab.contents import contents
 from torch_lab.exact import STATE
 from torch_lab.experiment import Experiment
 from torch_lab.hparams import Hparams
@@ -237,50 +236,9 @@ def _digest(value: Any) -> str:
     """Return eight letters that stand for the bits, types and shapes of all that is in `value`."""
     # Not for secrets, and fast: 2 GB/s.
     crc = 0
-    for title, data in _contents(value, ""):
-        crc = zlib.crc32(data, zlib.crc32(title.encode(), crc))
+    for title, data in contents(value):
+        crc = zlib.crc32(data or b"", zlib.crc32(title.encode(), crc))
     return f"{crc:08x}"
-
-
-def _contents(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the bytes of all that is in nested containers."""
-    if isinstance(value, Tensor) and not value.is_nested:
-        yield f"{path} {value.dtype} {tuple(value.shape)}", _bytes(value)
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        yield f"{path} {value.dtype} {value.shape}", value.tobytes()
-    elif isinstance(value, (Mapping, list, tuple, np.ndarray, Tensor)) or _is_record(value):
-        for key, part in _items(value):
-            yield from _contents(part, f"{path}/{key}")
-    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
-        yield path, repr(value).encode()
-    else:
-        # The representation of some other object may hold its address.
-        yield f"{path} {type(value).__name__}", b""
-
-
-def _is_record(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(value, Tensor):
-        yield from enumerate(value.unbind())
-    elif isinstance(value, Mapping):
-        yield from value.items()
-    elif isinstance(value, (Sequence, np.ndarray)):
-        yield from enumerate(value)
-    else:
-        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-
-
-def _bytes(tensor: Tensor) -> Any:
-    plain = tensor.detach()
-    if plain.layout != torch.strided:
-        plain = plain.to_dense()
-    if plain.is_quantized:
-        plain = plain.int_repr()
-    plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -71,6 +71,7 @@ __all__ = [
     "build_trainer",
     "changed_hparams",
     "failure_elsewhere",
+    "for_any_machine",
     "given_callbacks",
     "leave_process_group",
     "prepared",
@@ -80,6 +81,15 @@ log = logging.getLogger(__name__)
 
 _FAILURE = ".failure.json"
 """Where a process tells the one that started it what went wrong."""
+_ANY_MACHINE = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "precision": None,
+    "strategy": "auto",
+    "sync_batchnorm": False,
+}
+"""What replaces the settings that are for the machine that trains, for a look at all others."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,9 @@ class Options:
     """How long the end may wait for what is still to be sent, in seconds."""
     edited: Sequence[str] = ()
     """What was edited of the hparams on the server, before an agent got the run."""
+    only_checks: bool = False
+    """Whether nothing is trained with it: the trainer is one that any machine has, loaders start no
+    worker processes, and there is no task."""
 
 
 @dataclass
@@ -196,7 +209,7 @@ class Training:
         self._seed()
         self.trainer.validate(components.module, **data, **self.start.arguments, **arguments)
         self.logger.first_step = 0
-        self._check_monitors(_numbers(self.trainer.callback_metrics))
+        self.check_monitors(_numbers(self.trainer.callback_metrics))
 
     def fit(self) -> None:
         """Train."""
@@ -253,8 +266,12 @@ class Training:
     def _seed(self) -> None:
         pl.seed_everything(self.hparams.seed, workers=True, verbose=False)
 
-    def _check_monitors(self, logged: Mapping[str, float]) -> None:
-        """Check what is monitored against what the baseline validation logged."""
+    def check_monitors(self, logged: Mapping[str, float]) -> None:
+        """Check what is monitored against what a validation has logged.
+
+        Raises:
+            HparamsError: Something is monitored that nothing logs.
+        """
         if "monitor" in self.hparams.config:
             self._check_monitor("config.monitor", self.hparams.monitor, logged)
         elif self.hparams.monitor not in logged and self.trainer.checkpoint_callbacks:
@@ -332,7 +349,8 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
         components = experiment.train_components()
         source = _source(hparams, options)
     position = Position(hparams.seed)
-    components, loaders = _with_loaders(components, hparams, position, debug=options.debug)
+    in_process = options.debug or options.only_checks
+    components, loaders = _with_loaders(components, hparams, position, debug=in_process)
     code = code_state(experiment.root)
     run = options.resume or _planned(experiment, code, source, options, access)
     logger = MetricsLogger(run)
@@ -346,8 +364,9 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     callbacks = _train_callbacks(hparams, run, components, logger, exact, options)
     # The baseline validation does what Lightning's sanity check is for.
     defaults = {"logger": logger} | ({"num_sanity_val_steps": 0} if options.validate else {})
+    machine = for_any_machine(hparams) if options.only_checks else hparams
     trainer = build_trainer(
-        hparams, callbacks, run.folder.parent, lightning_shards=False, **defaults
+        machine, callbacks, run.folder.parent, lightning_shards=False, **defaults
     )
     _check_rank(trainer, hparams)
     start = _start(components.module, source, hparams, options, exact.conditions(trainer))
@@ -355,9 +374,16 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
         *(experiment, components, source, code, run, logger, trainer, loaders, options, start),
         metrics=dict(start.metrics),
     )
-    if process_rank() == 0 and not options.dev_run and options.tracking != "offline":
+    is_tracked = not (options.dev_run or options.only_checks or options.tracking == "offline")
+    if process_rank() == 0 and is_tracked:
         training.server, training.why_offline = access.server()
     return training
+
+
+def for_any_machine(hparams: Hparams) -> Hparams:
+    """Return the hparams that train in one process on a CPU, whatever they were made for."""
+    init = {**hparams.trainer.init, **_ANY_MACHINE}
+    return replace(hparams, trainer=replace(hparams.trainer, init=init))
 
 
 def _source(hparams: Hparams, options: Options) -> Source | None:

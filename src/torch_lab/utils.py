@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,7 @@ def process_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) or node
 
 
+@functools.cache
 def parameters_of(module: str, function: str) -> tuple[str, ...]:
     """Return the names of a function's parameters, read from its source: nothing is imported.
 
