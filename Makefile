@@ -46,6 +46,7 @@ bench: env ## Measure start-up, and the cost of exactness and of tracking, each 
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/exact_data.py
 	$(BIN)/python benchmarks/tracking.py
+	$(BIN)/python benchmarks/provenance.py
 
 check: lint types layers dead-code dependencies docs ## All that can be checked without a test
 
