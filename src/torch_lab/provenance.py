@@ -304,7 +304,8 @@ class _Seen:
             yield path, self
         elif not is_list:
             for key, inner in self.inner.items():
-                yield from inner.places_of(container, (*path, key))
+                if inner.value is container or inner.inner:
+                    yield from inner.places_of(container, (*path, key))
 
     def _holds(self, container: Any) -> bool:
         return any(True for inner in self.inner.values() for _ in inner.places_of(container))
