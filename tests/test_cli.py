@@ -430,3 +430,22 @@ def test_a_wrong_pattern_is_named_with_file_and_key(lab: Lab, command: str) -> N
     result = getattr(lab, command)(lab.path)
     assert result.code == ExitCode.USAGE
     assert "00_toy/hparams.py: checkpoint.exclude[0]: the pattern 'haed' matches" in result.err
+
+
+def test_an_interruption_that_is_swallowed_counts(lab: Lab) -> None:
+    """As by an import that was broken off, and fails when it is made again."""
+    lab.write(
+        "hparams.py",
+        """
+import os, signal
+
+try:
+    os.kill(os.getpid(), signal.SIGHUP)
+except BaseException:
+    pass
+raise ImportError("half of it is there")
+""",
+    )
+    result = lab.command("train", lab.path)
+    assert result.code == 128 + signal.SIGHUP, result.err
+    assert "Traceback" not in result.err and "stopped by SIGHUP" in result.err

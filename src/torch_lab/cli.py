@@ -520,8 +520,13 @@ def _failures(debug: bool) -> Iterator[None]:
 
     parent, follows = os.getppid(), process_rank() > 0
     try:
-        with stopping_on_signals(quiet=follows):
-            yield
+        with stopping_on_signals(quiet=follows) as stop:
+            try:
+                yield
+            except Exception:
+                # What was interrupted may swallow that, and fail later: such as half an import.
+                stop.answer()
+                raise
     except (Exception, Interrupted) as error:
         from torch_lab.console import rendered
         from torch_lab.processes import has_left
