@@ -88,26 +88,20 @@ def logged_in(folder: Path, name: str, start: int = 0) -> Logged:
             event = Event.FromString(data[at + _HEADER.size : end - _FOOTER])
         except DecodeError:
             break
-        found.points.extend(_points(event, series))
-        found.pictures.extend(_pictures(event))
+        _collect(event, series, found)
         at = end
     found.end = start + at
     return found
 
 
-def _points(event: Any, series: str) -> Iterator[Point]:
+def _collect(event: Any, series: str, found: Logged) -> None:
+    """Add what an event holds to what was found."""
     for value in event.summary.value:
-        if value.HasField("simple_value"):
+        kind = value.WhichOneof("value")
+        time_ms = int(event.wall_time * 1000)
+        if kind == "simple_value":
             tag = f"{value.tag}{series}"
-            yield Point(tag, event.step, value.simple_value, _time_ms(event))
-
-
-def _pictures(event: Any) -> Iterator[Picture]:
-    for value in event.summary.value:
-        if value.HasField("image"):
+            found.points.append(Point(tag, event.step, value.simple_value, time_ms))
+        elif kind == "image":
             content = value.image.encoded_image_string
-            yield Picture(value.tag, event.step, content, _time_ms(event))
-
-
-def _time_ms(event: Any) -> int:
-    return int(event.wall_time * 1000)
+            found.pictures.append(Picture(value.tag, event.step, content, time_ms))
