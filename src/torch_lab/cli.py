@@ -78,6 +78,22 @@ _debug = click.option(
 _json = click.option(
     "--json", "as_json", is_flag=True, help="Print what came out as a line of JSON."
 )
+_set = click.option(
+    "--set",
+    "set_words",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Set one of the hparams for this time: config.learning_rate=3e-3, config.layers[0]=64, or "
+    "config.milestones+=[9] to add to a list. A value is a Python literal, or else a string. May "
+    "be given several times.",
+)
+_unset = click.option(
+    "--unset",
+    "unset_keys",
+    metavar="KEY",
+    multiple=True,
+    help="Remove one of the hparams for this time. May be given several times.",
+)
 _trust = click.option(
     "--trust-checkpoint",
     is_flag=True,
@@ -94,6 +110,8 @@ _online = click.option(
 @click.argument(
     "paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
+@_set
+@_unset
 @click.option(
     "--dev-run",
     metavar="N",
@@ -164,7 +182,7 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
         raise UserError("--not-exact is for --resume: a new run has nothing to differ from")
     if options["offline"] and options["online"]:
         raise UserError("--offline and --online contradict each other")
-    experiment = Experiment.load(path)
+    experiment = Experiment.load(path, **_overrides(options))
     from torch_lab.runner import train as train_experiment
 
     train_experiment(
@@ -181,6 +199,19 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
     )
 
 
+def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `--set` and `--unset` say, as `Experiment.load` takes it."""
+    from torch_lab.overrides import parsed_words
+
+    return {"set": parsed_words(options["set_words"]), "unset": options["unset_keys"]}
+
+
+def _override_words(options: Mapping[str, Any]) -> list[str]:
+    """Return `--set` and `--unset` as they were given."""
+    unset = [f"--unset={key}" for key in options["unset_keys"]]
+    return [*(f"--set={word}" for word in options["set_words"]), *unset]
+
+
 def _enqueue(paths: Sequence[Path], queue: str, options: Mapping[str, Any]) -> None:
     for name in ("dev_run", "resume", "not_exact", "offline", "jobs", "devices"):
         if options[name] not in (None, False):
@@ -189,6 +220,7 @@ def _enqueue(paths: Sequence[Path], queue: str, options: Mapping[str, Any]) -> N
 
     flags = ("online", "debug", "no_validate", "trust_checkpoint")
     words = [f"--{flag.replace('_', '-')}" for flag in flags if options[flag]]
+    words += _override_words(options)
     # The machine may be gone afterwards, so the end waits longer there.
     source = click.get_current_context().get_parameter_source("upload_timeout")
     is_given = source is click.core.ParameterSource.COMMANDLINE
@@ -200,6 +232,7 @@ def _enqueue(paths: Sequence[Path], queue: str, options: Mapping[str, Any]) -> N
             words,
             trust_checkpoint=options["trust_checkpoint"],
             as_json=options["as_json"],
+            **_overrides(options),
         )
 
 
@@ -222,9 +255,10 @@ def _train_several(
     words = [f"--{flag.removeprefix('as_').replace('_', '-')}" for flag in flags if options[flag]]
     outcomes = several.run_all(
         paths,
-        [*words, f"--upload-timeout={options['upload_timeout']}"],
+        [*words, *_override_words(options), f"--upload-timeout={options['upload_timeout']}"],
         jobs=jobs or len(dealt) or 1,
         devices=dealt,
+        **_overrides(options),
     )
     table = sys.stderr if options["as_json"] else sys.stdout
     print_table(["script", "run", "state", "time", "best"], several.outcome_rows(outcomes), table)
@@ -240,6 +274,8 @@ def _devices(given: str | None) -> list[str]:
 
 
 @click.command(context_settings={**_HELP, "allow_interspersed_args": False})
+@_set
+@_unset
 @_offline
 @_debug
 @_trust
@@ -253,6 +289,7 @@ def infer(
     debug: bool,
     trust_checkpoint: bool,
     as_json: bool,
+    **overrides: tuple[str, ...],
 ) -> None:
     """Predict with the experiment of the hparams script at PATH.
 
@@ -262,7 +299,7 @@ def infer(
     with _failures(debug):
         from torch_lab.experiment import Experiment
 
-        experiment = Experiment.load(path)
+        experiment = Experiment.load(path, **_overrides(overrides))
         from torch_lab.runner import infer as infer_experiment
 
         given = arguments[1:] if arguments[:1] == ("--",) else arguments

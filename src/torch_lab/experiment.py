@@ -17,6 +17,8 @@ from torch_lab.components import InferComponents, TrainComponents
 from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean, listed
 from torch_lab.hparams import Hparams
 from torch_lab.imports import imported_files
+from torch_lab.layering import cleared, shown_change
+from torch_lab.overrides import Effective, Overrides, effective, resolved
 from torch_lab.provenance import Histories, Key, spelt
 from torch_lab.redaction import masked
 from torch_lab.runs import project_root
@@ -82,26 +84,48 @@ class Experiment:
     hparams: Hparams
     layers: tuple[Layer, ...] = field(repr=False)
     """Every script that made the hparams, the base first and `script` last."""
+    effective: Effective = field(repr=False)
+    """What the scripts and the overrides say, without defaults, and what has set each value."""
+    overrides: Overrides = field(default_factory=Overrides, repr=False)
+    """What was set in place of what the scripts say."""
 
     @classmethod
-    def load(cls, path: str | Path) -> Experiment:
+    def load(
+        cls, path: str | Path, set: Mapping[str, Any] | None = None, unset: Sequence[str] = ()
+    ) -> Experiment:
         """Run the hparams script at `path`, and check what it holds.
+
+        Args:
+            path: The hparams script.
+            set: What `--set` does: values by their keys, such as `config.learning_rate`. Behind
+                `config.milestones+=` stands what is added to a list.
+            unset: Keys to remove.
 
         Raises:
             ScriptError: It is missing, does not compile, or has no config script beside it.
-            HparamsError: It holds no `hparams`, or wrong ones.
+            HparamsError: It holds no `hparams`, or wrong ones, or what is set does not fit.
         """
         script = _hparams_script(Path(path).expanduser())
         module = import_script_as_module(script)
         if not hasattr(module, "hparams"):
             raise HparamsError(f"{shown(script)} defines no hparams", _names_in(module))
-        hparams = Hparams.parse(module.hparams, script, project_name=_package_name(script.parent))
-        return cls(script, hparams, layers_of(module))
+        project_name, layers = _package_name(script.parent), layers_of(module)
+        if not isinstance(module.hparams, dict):
+            Hparams.parse(module.hparams, script, project_name)  # Which says so.
+        overrides = Overrides(set or {}, unset)
+        found = effective(
+            Effective(module.hparams, layers[-1].recorder.histories),
+            overrides,
+            script=script,
+            defaults=_defaults(script),
+        )
+        hparams = Hparams.parse(found.hparams, script, project_name)
+        return cls(script, hparams, layers, found, overrides)
 
     @property
     def histories(self) -> Histories:
-        """What set each value of the hparams, in all layers."""
-        return self.layers[-1].recorder.histories
+        """What has set each value of the hparams."""
+        return self.effective.histories
 
     @property
     def folder(self) -> Path:
@@ -137,8 +161,17 @@ class Experiment:
 
     def differences(self) -> list[Difference]:
         """Return in what the hparams differ from those of the base layer."""
-        first, last = self.layers[0].hparams, self.layers[-1].hparams
-        return differences(masked(first) if isinstance(first, dict) else {}, masked(last))
+        first = self.layers[0].hparams
+        base = masked(self._alone(first)) if isinstance(first, dict) else {}
+        return differences(base, masked(self.effective.hparams))
+
+    def _alone(self, hparams: dict[str, Any]) -> dict[str, Any]:
+        """Return the hparams of a layer as they are without those above it."""
+        try:
+            return resolved(Effective(hparams, {}), defaults=_defaults(self.script)).hparams
+        except HparamsError:  # What they follow may come with a layer.
+            plain: dict[str, Any] = cleared(hparams)
+            return plain
 
     def check_config_script(self) -> bool:
         """Run the config script, and see that its `train_config` could be called.
@@ -224,8 +257,7 @@ class Experiment:
         path, histories = ("config", *key), self.histories
         for end in range(len(path), 1, -1):
             if path[:end] in histories:
-                change = histories[path[:end]][-1]
-                return f"{shown(change.file)}:{change.line}"
+                return shown_change(histories[path[:end]][-1])
         return None
 
     def _tell_of_unread(self, unread: Sequence[str], *, strict: bool) -> None:
@@ -267,6 +299,10 @@ def _bare(signature: inspect.Signature) -> inspect.Signature:
     """Return `signature` without its annotations."""
     bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
     return inspect.Signature(bare)
+
+
+def _defaults(script: Path) -> dict[str, Any]:
+    return Hparams.parse({}, script, _package_name(script.parent)).as_dict()
 
 
 def _hparams_script(path: Path) -> Path:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch_lab.errors import HparamsError
 from torch_lab.experiment import Experiment
+from torch_lab.layering import shown_change
 from torch_lab.provenance import DELETED, Change, Key, is_same, spelt
 from torch_lab.redaction import masked
 from torch_lab.suggestions import nearest_key
@@ -45,7 +46,12 @@ class Explained:
             "value": None if value is DELETED else repr(value),
             "is_deleted": value is DELETED,
             "changes": [
-                {"file": str(change.file), "line": change.line, "value": repr(change.value)}
+                {
+                    "file": str(change.file) if change.file else None,
+                    "line": change.line,
+                    "source": change.source,
+                    "value": repr(change.value),
+                }
                 for change in self.changes
             ],
         }
@@ -82,9 +88,7 @@ def _explained(key: Key, changes: Iterable[Change]) -> Explained:
         return value if value is DELETED else masked({key[-1]: value})[key[-1]]
 
     newest_first = reversed(tuple(changes))
-    return Explained(
-        key, tuple(Change(each.file, each.line, plain(each.value)) for each in newest_first)
-    )
+    return Explained(key, tuple(replace(each, value=plain(each.value)) for each in newest_first))
 
 
 def _is_below(name: str, section: str) -> bool:
@@ -96,7 +100,7 @@ def explained_rows(found: Iterable[Explained]) -> Iterator[tuple[str, str]]:
     for each in found:
         yield each.name, repr(each.changes[0].value)
         for number, change in enumerate(each.changes):
-            yield f"{'>' if number == 0 else ' '} {_place(change)}", repr(change.value)
+            yield f"{'>' if number == 0 else ' '} {shown_change(change)}", repr(change.value)
 
 
 def layer_warnings(experiment: Experiment) -> Iterator[str]:
@@ -124,15 +128,16 @@ def _set_in_vain(key: Key, changes: tuple[Change, ...]) -> Iterator[str]:
     for before, after in itertools.pairwise(changes):
         if before.file != after.file and is_same(before.value, after.value):
             yield (
-                f"{_place(after)} sets {spelt(key)} to {after.value!r}, which it was already "
-                f"({_place(before)})"
+                f"{shown_change(after)} sets {spelt(key)} to {after.value!r}, which it was already "
+                f"({shown_change(before)})"
             )
 
 
 def _is_added(experiment: Experiment, key: Key, changes: tuple[Change, ...]) -> bool:
     """Return whether a key of `config` is in no layer before the one that sets it first."""
     base = next((layer.path for layer in experiment.layers if layer.recorder.histories), None)
-    return key[0] == "config" and len(key) > 1 and changes[0].file != base
+    is_below = key[0] == "config" and len(key) > 1
+    return is_below and changes[0].file not in (base, None) and not changes[0].is_new
 
 
 def _added(experiment: Experiment, key: Key, change: Change) -> str:
@@ -143,8 +148,4 @@ def _added(experiment: Experiment, key: Key, change: Change) -> str:
     ]
     near = nearest_key(spelt(key), others)
     mend = f"; did you mean {near}?" if near else ""
-    return f"{_place(change)} adds {spelt(key)}, which no layer before it has{mend}"
-
-
-def _place(change: Change) -> str:
-    return f"{shown(change.file)}:{change.line}"
+    return f"{shown_change(change)} adds {spelt(key)}, which no layer before it has{mend}"

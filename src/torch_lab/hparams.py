@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch_lab.errors import HparamsError, UserError, did_you_mean
+from torch_lab.layering import SECTIONS
+from torch_lab.provenance import Key
 from torch_lab.scripts import copied
 from torch_lab.utils import parameters_of, shown
 
@@ -20,9 +22,9 @@ __all__ = [
     "Hparams",
     "TrainerArguments",
     "check_goes_with_dev_run",
+    "known_names",
 ]
 
-_SECTIONS = ("task", "checkpoint", "trainer", "config", "seed", "loader_timeout")
 _TRAINER = ("pytorch_lightning.trainer.trainer", "Trainer")
 _COMPONENTS = "it comes from what the config function returns"
 _CHECKPOINT = 'set hparams["checkpoint"] instead'
@@ -172,7 +174,7 @@ class Hparams:
         """
         check = _Check(path)
         sections = check.is_dict(given, "hparams")
-        check.are_known(sections, _SECTIONS, "hparams")
+        check.are_known(sections, SECTIONS, "hparams")
         return cls(
             path=path,
             task={"project_name": project_name} | check.task(sections.get("task", {})),
@@ -238,6 +240,27 @@ class Hparams:
         return {"config": {**self.config, "num_workers": 0}, "added": self.added | added}
 
 
+def known_names(section: Key) -> tuple[str, ...]:
+    """Return the names that a section may hold; none of those that may hold any, and of values."""
+    match section:
+        case ():
+            return SECTIONS
+        case ("task",):
+            return parameters_of("clearml.task", "Task.init")
+        case ("checkpoint",):
+            return tuple(vars(CheckpointSection()))
+        case ("trainer",):
+            return tuple(vars(TrainerArguments()))
+        case ("trainer", call) if call in vars(TrainerArguments()):
+            return _parameters_of_trainer(call)
+    return ()
+
+
+def _parameters_of_trainer(call: str) -> tuple[str, ...]:
+    module, trainer = _TRAINER
+    return parameters_of(module, f"{trainer}.{'__init__' if call == 'init' else call}")
+
+
 class _Check:
     """Checks values, with the path of their script at hand for the errors."""
 
@@ -275,7 +298,7 @@ class _Check:
     def task(self, given: object) -> dict[str, Any]:
         task = self.is_dict(given, "task")
         if task:
-            self.are_known(task, parameters_of("clearml.task", "Task.init"), "task")
+            self.are_known(task, known_names(("task",)), "task")
         for name in ("project_name", "task_name"):
             self.is_type(task.get(name), (str, type(None)), f"task.{name}", "a string")
         return {key: value for key, value in task.items() if value is not None}
@@ -371,9 +394,7 @@ class _Check:
             if key in owned:
                 raise self.error(f"{name}.{key} is not yours to set: {owned[key]}")
         if arguments:
-            module, trainer = _TRAINER
-            method = "__init__" if call == "init" else call
-            parameters = parameters_of(module, f"{trainer}.{method}")
+            parameters = _parameters_of_trainer(call)
             self.are_known(arguments, [key for key in parameters if key not in owned], name)
         for key in _COUNTS & set(arguments):
             self.is_count(arguments[key], f"{name}.{key}")

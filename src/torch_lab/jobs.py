@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from torch_lab.errors import CheckpointError, ExitCode, Interrupted, SomeRunsFailedError, UserError
 from torch_lab.experiment import Experiment
@@ -59,7 +59,13 @@ class Outcome:
 
 
 def run_all(
-    paths: Sequence[Path], options: Sequence[str], *, jobs: int, devices: Sequence[str]
+    paths: Sequence[Path],
+    options: Sequence[str],
+    *,
+    jobs: int,
+    devices: Sequence[str],
+    set: Mapping[str, Any] | None = None,
+    unset: Sequence[str] = (),
 ) -> list[Outcome]:
     """Train every path in a process of its own, and return how each ended, in the order given.
 
@@ -72,12 +78,14 @@ def run_all(
         jobs: How many run at the same time.
         devices: Indices of the GPUs to deal out, one for each job, among those that this process
             sees; none to leave the choice to Lightning.
+        set: What the options set in place of the hparams of each script; see `Experiment.load`.
+        unset: The keys that they remove.
 
     Raises:
         UserError: One of the paths or devices is wrong; none was started.
         Interrupted: A signal asked to end; the children were told, and have ended.
     """
-    experiments = [Experiment.load(path) for path in paths]
+    experiments = [Experiment.load(path, set, unset) for path in paths]
     dealt = [_visible(device) for device in devices]
     pool = _Children(options, quiet=jobs > 1, devices=dealt or [None] * jobs)
     with stopping_on_signals(), ThreadPoolExecutor(jobs) as executor:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,8 +44,14 @@ import sys
 from pathlib import Path
 sys.path.extend(folder for folder in (str(Path.cwd()), str(Path.cwd() / "src")))
 from torch_lab.experiment import Experiment
+from torch_lab.overrides import parsed_words
 from torch_lab.scripts import import_script_as_module
-experiment = Experiment.load(sys.argv[1])
+script, *words = sys.argv[1:]
+given = {
+    option: [word.removeprefix(f"--{option}=") for word in words if word.startswith(f"--{option}=")]
+    for option in ("set", "unset")
+}
+experiment = Experiment.load(script, parsed_words(given["set"]), given["unset"])
 import_script_as_module(experiment.config_script)
 """
 
@@ -177,12 +183,13 @@ def _check_size(root: Path, files: Mapping[str, Path]) -> None:
     )
 
 
-def verify(packed: Packed, script: str) -> None:
+def verify(packed: Packed, script: str, words: Sequence[str] = ()) -> None:
     """Unpack an archive elsewhere, compare every file, and load the experiment from there.
 
     Args:
         packed: The archive.
         script: The hparams script, below the project.
+        words: What `train` gets beside it.
 
     Raises:
         UserError: A file changed meanwhile.
@@ -204,12 +211,12 @@ def verify(packed: Packed, script: str) -> None:
         ]
         if changed:
             raise UserError(f"changed while they were packed: {listed(changed)}", "try again")
-        _load(folder, script, packed.left_out)
+        _load(folder, [script, *words], packed.left_out)
 
 
-def _load(folder: Path, script: str, left_out: tuple[str, ...]) -> None:
+def _load(folder: Path, words: Sequence[str], left_out: tuple[str, ...]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _TRY, script],
+        [sys.executable, "-c", _TRY, *words],
         cwd=folder,
         env=environment(folder, os.environ),
         capture_output=True,
@@ -220,6 +227,6 @@ def _load(folder: Path, script: str, left_out: tuple[str, ...]) -> None:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         without = f"; left out: {listed(left_out)}" if left_out else ""
         raise ScriptError(
-            f"{script} cannot be loaded from what an agent gets: {lines[-1]}{without}",
+            f"{words[0]} cannot be loaded from what an agent gets: {lines[-1]}{without}",
             "an agent gets what git tracks or does not ignore, but no secrets",
         )

@@ -22,11 +22,14 @@ __all__ = [
     "Change",
     "Histories",
     "Key",
+    "New",
     "Recorder",
     "binds_hparams",
     "copied",
     "instrumented",
     "is_same",
+    "key_lines",
+    "leaves",
     "spelt",
 ]
 
@@ -41,19 +44,34 @@ class _Deleted:
     def __repr__(self) -> str:
         return "deleted"
 
+    def __reduce__(self) -> str:
+        return "DELETED"  # A copy is the same object.
+
 
 DELETED: Final = _Deleted()
 """What a key holds after it was removed."""
 
 
 @dataclass(frozen=True)
-class Change:
-    """A value that a line of a script has set."""
+class New:
+    """A value that a script marks as one that no base has."""
 
-    file: Path
+    value: Any
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that a line of a script has set, or what came after the scripts."""
+
+    file: Path | None
+    """None if no script has set it: then `source` tells."""
     line: int
     value: Any
     """What it was then; `DELETED` if the key was removed, and of a dictionary an empty one."""
+    is_new: bool = False
+    """Whether the script says that no base has the key."""
+    source: str = ""
+    """What gave the value beside the line: `--set config.lr`, `env DATA_DIR`."""
 
 
 Histories: TypeAlias = dict[Key, tuple[Change, ...]]
@@ -85,6 +103,8 @@ class _Statement:
     """The lines of the keys that it spells out, from the dictionary on that it writes to."""
     is_local: bool = False
     """Whether nothing can change but what it stores under one key."""
+    is_layered: bool = False
+    """Whether it calls `layer`, so that all that it adds is marked as new."""
 
     def line_of(self, key: Key, written_to: Sequence[Key]) -> int:
         """Return the line that sets `key`, if this statement does."""
@@ -158,10 +178,32 @@ def _call(statement: ast.stmt, statements: list[_Statement]) -> ast.stmt:
         nothing = ast.arguments([], [], None, [], [], None, [])
         later = ast.Lambda(nothing, ast.copy_location(written_to, statement))
         arguments.append(ast.copy_location(later, statement))
-    statements.append(_Statement(statement.lineno, spelled, is_local))
+    statements.append(_Statement(statement.lineno, spelled, is_local, _is_layered(statement)))
     hook = ast.copy_location(ast.Name(HOOK, ast.Load()), statement)
     called = ast.copy_location(ast.Call(hook, arguments, []), statement)
     return ast.copy_location(ast.Expr(called), statement)
+
+
+def _is_layered(statement: ast.stmt) -> bool:
+    """Return whether a statement calls `layer`, which refuses what no base has unless marked."""
+    return any(isinstance(node, ast.Call) and _name_of(node) == "layer" for node in _own(statement))
+
+
+def _own(statement: ast.stmt) -> Iterator[ast.AST]:
+    """Yield the nodes of a statement, without those of statements in it."""
+    stack: list[ast.AST] = [statement]
+    while stack:
+        node = stack.pop()
+        yield node
+        stack += [each for each in ast.iter_child_nodes(node) if not isinstance(each, ast.stmt)]
+
+
+def _name_of(call: ast.Call) -> str:
+    """Return the last name of what is called: `layer` of `utils.layer(…)`."""
+    match call.func:
+        case ast.Name(name) | ast.Attribute(attr=name):
+            return name
+    return ""
 
 
 def _stored(statement: ast.stmt) -> tuple[ast.expr | None, dict[Key, int], bool]:
@@ -172,28 +214,28 @@ def _stored(statement: ast.stmt) -> tuple[ast.expr | None, dict[Key, int], bool]
             | ast.AnnAssign(target=target, value=value)
         ) if value is not None:
             if isinstance(target, ast.Name) and target.id == NAME:
-                return ast.Name(NAME, ast.Load()), _spelled(value), False
+                return ast.Name(NAME, ast.Load()), key_lines(value), False
             return _under_key(target, value)
         case ast.AugAssign(target=ast.Subscript() as target, value=value):
             return _under_key(target, value)
         case ast.AugAssign(target=ast.Name(name), op=ast.BitOr(), value=value):
-            return ast.Name(name, ast.Load()), _spelled(value), False
+            return ast.Name(name, ast.Load()), key_lines(value), False
         case ast.Expr(ast.Call(ast.Attribute(written_to, "update"), arguments, keywords)):
-            spelled = {key: line for each in arguments for key, line in _spelled(each).items()}
+            spelled = {key: line for each in arguments for key, line in key_lines(each).items()}
             spelled |= _of_keywords(keywords)
             return (written_to if _is_pure(written_to) else None), spelled, False
     every = [node for node in ast.walk(statement) if isinstance(node, ast.Dict)]
-    return None, {key: line for node in every for key, line in _spelled(node).items()}, False
+    return None, {key: line for node in every for key, line in key_lines(node).items()}, False
 
 
 def _under_key(target: ast.expr, value: ast.expr) -> tuple[ast.expr | None, dict[Key, int], bool]:
     if not isinstance(target, ast.Subscript) or not _is_pure(target):
-        return None, _spelled(value), False
+        return None, key_lines(value), False
     # The key's value is known when the statement has run: the pair stands for the place.
     place = ast.Tuple([target.value, target.slice], ast.Load())
     acts = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
     is_local = _is_pure(value) or not any(isinstance(node, acts) for node in ast.walk(value))
-    return place, _spelled(value), is_local
+    return place, key_lines(value), is_local
 
 
 def _is_pure(node: ast.expr) -> bool:
@@ -205,12 +247,14 @@ def _is_pure(node: ast.expr) -> bool:
     return isinstance(node, (ast.Name, ast.Constant))
 
 
-def _spelled(value: ast.expr) -> dict[Key, int]:
-    """Return the keys that a dictionary spells out, with those of dictionaries in it."""
+def key_lines(value: ast.expr) -> dict[Key, int]:
+    """Return the lines of the keys that a dictionary, or `layer(…)`, spells out, at any depth."""
     if isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr):
-        return {**_spelled(value.left), **_spelled(value.right)}
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
+        return {**key_lines(value.left), **key_lines(value.right)}
+    if isinstance(value, ast.Call) and _name_of(value) in ("dict", "layer"):
         return _of_keywords(value.keywords)
+    if isinstance(value, ast.Call) and _name_of(value) == "new":
+        return {key: line for each in value.args for key, line in key_lines(each).items()}
     if not isinstance(value, ast.Dict):
         return {}
     found: dict[Key, int] = {}
@@ -229,7 +273,7 @@ def _of_keywords(keywords: Sequence[ast.keyword]) -> dict[Key, int]:
 
 
 def _entry(key: Any, line: int, value: ast.expr) -> dict[Key, int]:
-    return {(key,): line} | {(key, *below): at for below, at in _spelled(value).items()}
+    return {(key,): line} | {(key, *below): at for below, at in key_lines(value).items()}
 
 
 # Looking at the dictionary.
@@ -276,14 +320,14 @@ class _Seen:
             return
         else:
             if inner is not None and type(inner.value) is dict:
-                yield from ((leaf, DELETED) for leaf, _ in _leaves(inner.value_seen(), below))
+                yield from ((leaf, DELETED) for leaf, _ in leaves(inner.value_seen(), below))
             elif part is DELETED:
                 yield below, DELETED
             self.inner.pop(key, None)
             if _is_container(part):
                 self.inner[key] = _Seen(part)
             if part is not DELETED:
-                yield from _leaves(part, below)
+                yield from leaves(part, below)
         if part is DELETED:
             del self.parts[key]
         else:
@@ -332,11 +376,13 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
     yield from value.items() if type(value) is dict else enumerate(value)
 
 
-def _leaves(value: Any, path: Key) -> Iterator[tuple[Key, Any]]:
+def leaves(value: Any, path: Key = ()) -> Iterator[tuple[Key, Any]]:
     """Yield the values in nested dictionaries; lists are values, and so is an empty dictionary."""
-    if type(value) is dict and value:
+    if isinstance(value, New):
+        yield from ((key, New(part)) for key, part in leaves(value.value, path))
+    elif type(value) is dict and value:
         for key, part in value.items():
-            yield from _leaves(part, (*path, key))
+            yield from leaves(part, (*path, key))
     else:
         yield path, copied(value)
 
@@ -421,7 +467,7 @@ class Recorder:
         value: Any = self._namespace.get(NAME)
         for part in key:
             try:
-                value = value[part]
+                value = _bare(value[part])
             except (LookupError, TypeError):
                 return DELETED
         return value
@@ -443,27 +489,46 @@ class Recorder:
             if value is DELETED
             for end in range(len(key))
         }
+        is_new = statement.is_layered
         for key, value in changes.items():
             for end in range(1, len(key) if value is not DELETED else 0):
                 if (section := key[:end]) in self.histories:
                     line = own.get(section) or statement.line_of(section, written_to)
                     self._make_section(section, line)
             line = own.get(key) or statement.line_of(key, written_to)
-            self._add(key, value, line, key not in own and key not in emptied)
+            self._add(key, value, line, key not in own and key not in emptied, is_new)
         for key, line in own.items():
             value = self.value_at(key)
-            if key not in changes and not (value is DELETED or (type(value) is dict and value)):
-                self._add(key, copied(value), line, may_be_of_base=False)
+            if value is DELETED:
+                for removed in self._inherited(key):
+                    self._add(removed, DELETED, line, may_be_of_base=False)
+            elif key not in changes and not (type(value) is dict and value):
+                self._add(key, copied(value), line, may_be_of_base=False, is_new=is_new)
 
-    def _add(self, key: Key, value: Any, line: int, may_be_of_base: bool) -> None:
+    def _inherited(self, key: Key) -> list[Key]:
+        """Return what the bases hold at `key` and below it."""
+        return list(
+            dict.fromkeys(
+                below
+                for base in self._bases()
+                for below, changes in base.histories.items()
+                if below[: len(key)] == key and changes[-1].value is not DELETED
+            )
+        )
+
+    def _add(
+        self, key: Key, value: Any, line: int, may_be_of_base: bool, is_new: bool = False
+    ) -> None:
         before = self.histories.get(key)
+        marked, value = isinstance(value, New), _bare(value)
         if before is None:
             known = (base.histories[key] for base in self._bases() if key in base.histories)
             before = next(known, ())
         if before and may_be_of_base and is_same(before[-1].value, value):
             self.histories[key] = before
             return
-        self.histories[key] = (*before, Change(self._file, line, value))
+        is_new = marked or (is_new and not before)
+        self.histories[key] = (*before, Change(self._file, line, value, is_new))
 
     def _make_section(self, key: Key, line: int) -> None:
         """Note that there is a section, where a value may have been."""
@@ -472,6 +537,10 @@ class Recorder:
             del self.histories[key]  # It was a section all the time, and empty.
         elif changes[-1].value is not DELETED:
             self.histories[key] = (*changes, Change(self._file, line, DELETED))
+
+
+def _bare(value: Any) -> Any:
+    return _bare(value.value) if isinstance(value, New) else value
 
 
 def _target(written_to: Callable[[], Any] | None) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -73,6 +73,8 @@ def enqueue(
     *,
     trust_checkpoint: bool = False,
     as_json: bool = False,
+    set: Mapping[str, Any] | None = None,
+    unset: Sequence[str] = (),
 ) -> Queued:
     """Hand the experiment of the hparams script at `path` to the agents of a queue.
 
@@ -82,13 +84,16 @@ def enqueue(
         words: What `train` gets on the agent beside the script.
         trust_checkpoint: Read a checkpoint that holds more than tensors and plain values.
         as_json: Print one line of JSON instead of a table.
+        set: What `words` set in place of the script's hparams; see `Experiment.load`.
+        unset: The keys that they remove.
 
     Raises:
         UserError: A script, the hparams, the components or the queue are wrong; nothing was made.
         TrackingError: There is no ClearML server; nothing was made.
     """
     with Console(as_json=as_json) as console:
-        experiment = Experiment.load(path)
+        experiment = Experiment.load(path, set, unset)
+        _check_shows_no_secret(experiment)
         server = found_server()
         try:
             queue_id = _id_of(server, queue)
@@ -101,6 +106,14 @@ def enqueue(
         else:
             console.closing(made.rows())
     return made
+
+
+def _check_shows_no_secret(experiment: Experiment) -> None:
+    for key in experiment.overrides.secrets():
+        raise UserError(
+            f"--set {key} looks like a secret, and would be readable in the task",
+            "let the agent's environment have it: env(…) in the script",
+        )
 
 
 def _id_of(server: Server, name: str) -> str:
@@ -157,7 +170,7 @@ def _handed_over(
         packed = pack(root, Path(folder) / "code.zip")
         if packed.left_out:
             log.warning("an agent does not get: %s", listed(packed.left_out, 5))
-        verify(packed, script)
+        verify(packed, script, words)
         parent = parent_task(run)
         _take_version(server, run)
         _write_sources(run, experiment, Path(folder))

@@ -149,7 +149,11 @@ def _masked_word(before: str, word: str) -> str:
     if is_value and word and not word.startswith("--"):
         return MASK
     name, sign, value = word.partition("=")
-    return f"{name}={MASK}" if sign and value and is_secret(name) else masked_text(word)
+    if name == "--set":
+        return f"{name}={_masked_word('', value)}"
+    if sign and value and is_secret(name):
+        return f"{name}={MASK}"
+    return masked_text(_edited(word, _quoted(word)))
 
 
 def masked_diff(changes: bytes) -> bytes:

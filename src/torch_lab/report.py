@@ -28,6 +28,8 @@ def header_rows(training: Training) -> Iterator[tuple[str, str]]:
         yield "layers", " > ".join(layer.path.name for layer in experiment.layers)
         differences = [str(difference) for difference in experiment.differences()]
         yield "differs", "\n".join(differences) or "in nothing from the base layer"
+    if experiment.overrides:
+        yield "set", "\n".join(experiment.overrides.lines())
     if training.options.edited:
         yield "edited", "\n".join(training.options.edited)
     yield from _start_rows(training)

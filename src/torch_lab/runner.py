@@ -20,10 +20,12 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 
 from torch_lab.callbacks import PredictionWriter
 from torch_lab.checkpoints import source_of
+from torch_lab.components import InferComponents
 from torch_lab.console import Console, place_of, raised_in_lightning, rendered
 from torch_lab.errors import (
     ComponentsError,
     DeviceMemoryError,
+    HparamsError,
     Interrupted,
     LoaderError,
     TorchLabError,
@@ -84,6 +86,8 @@ def train(
     trust_checkpoint: bool = False,
     tracking: str = "auto",
     upload_limit_s: float = 10.0,
+    set: Mapping[str, Any] | None = None,
+    unset: Sequence[str] = (),
 ) -> Run:
     """Train the experiment of the hparams script at `path`, and return its run.
 
@@ -100,6 +104,8 @@ def train(
         trust_checkpoint: Read checkpoints that hold code, which can do anything that you can.
         tracking: `auto` for a task on ClearML if it is there, `online` to insist, or `offline`.
         upload_limit_s: How long the end may wait for what is still to be sent, in seconds.
+        set: Values for keys of the script's hparams, as `Experiment.load` takes them.
+        unset: Keys of them to remove.
 
     Raises:
         UserError: A script, the hparams or the components are wrong; nothing was created.
@@ -113,25 +119,23 @@ def train(
         check_goes_with_dev_run(resumes=resume is not False, online=tracking == "online")
     task = AgentTask.of_process() if tracking != "offline" and dev_run is None else None
     with task.told_of_failures() if task else contextlib.nullcontext():
-        experiment, edited, resume = _as_queued(task, _loaded(path), resume)
-        options = Options(
-            DevRun.parse(dev_run) if isinstance(dev_run, (str, int, float)) else dev_run,
-            *(debug, validate, _to_resume(experiment, resume), must_be_exact, trust_checkpoint),
-            tracking=tracking,
-            upload_limit_s=upload_limit_s,
-            edited=edited,
-        )
+        experiment, edited, run = _begun(task, _loaded(path, set, unset), resume)
+        dev_run = dev_run if isinstance(dev_run, DevRun | None) else DevRun.parse(dev_run)
+        given = (dev_run, debug, validate, run, must_be_exact, trust_checkpoint)
+        options = Options(*given, tracking=tracking, upload_limit_s=upload_limit_s, edited=edited)
         return train_with(experiment, options, as_json=as_json)
 
 
-def _as_queued(
+def _begun(
     task: AgentTask | None, experiment: Experiment, resume: str | bool
-) -> tuple[Experiment, list[str], str | bool]:
-    """Return the experiment as a queued task has it, what was edited there, and what to resume."""
+) -> tuple[Experiment, list[str], Run | None]:
+    """Return the experiment as its task or its run has it, what was edited, and the run."""
     if task is None:
-        return experiment, [], resume
+        run = _to_resume(experiment, resume)
+        return _as_begun(experiment, run) if run else experiment, [], run
     experiment, edited = task.edited(experiment)
-    return experiment, edited, resume or task.run_to_resume(experiment) or _RESUMED in os.environ
+    resume = resume or task.run_to_resume(experiment) or _RESUMED in os.environ
+    return experiment, edited, _to_resume(experiment, resume)
 
 
 def train_with(experiment: Experiment, options: Options, *, as_json: bool = False) -> Run:
@@ -255,8 +259,34 @@ def _newest(artifacts: Path, experiment: Experiment) -> Run:
     return run
 
 
-def _loaded(path: str | Path | Experiment) -> Experiment:
-    return path if isinstance(path, Experiment) else Experiment.load(path)
+def _as_begun(experiment: Experiment, run: Run) -> Experiment:
+    """Return the experiment with what was set when `run` was started, unless it is set anew.
+
+    Raises:
+        UserError: Something of it is not known any more, or does not go with the script of now.
+    """
+    overrides = experiment.overrides.over(run.record.overrides, run.name)
+    if overrides == experiment.overrides:
+        return experiment
+    try:
+        return Experiment.load(experiment.script, overrides.set, overrides.unset)
+    except HparamsError as error:
+        told = "; ".join(overrides.lines())
+        raise HparamsError(
+            f"run {run.name} was started with other hparams ({told}): {error.message}", error.hint
+        ) from error
+
+
+def _loaded(
+    path: str | Path | Experiment,
+    set: Mapping[str, Any] | None = None,
+    unset: Sequence[str] = (),
+) -> Experiment:
+    if isinstance(path, Experiment):
+        if set or unset:
+            raise UserError("a loaded experiment has its hparams: give set and unset to its load")
+        return path
+    return Experiment.load(path, set, unset)
 
 
 @dataclass(frozen=True)
@@ -277,6 +307,8 @@ def infer(
     as_json: bool = False,
     trust_checkpoint: bool = False,
     tracking: str = "auto",
+    set: Mapping[str, Any] | None = None,
+    unset: Sequence[str] = (),
 ) -> Inference:
     """Predict with the experiment of the hparams script at `path`.
 
@@ -286,25 +318,23 @@ def infer(
         debug: Log debug records, and load data without worker processes.
         return_predictions: Whether to keep all predictions in memory and return them.
         as_json: Print what was written as one line of JSON instead of a table.
-        trust_checkpoint: Read a checkpoint that holds more than tensors and plain values; such a
-            file can run any code.
-        tracking: `auto` to ask a ClearML server, if there is one, for checkpoints and datasets that
-            are not here; `offline` to touch nothing of ClearML.
+        trust_checkpoint: Read a checkpoint that holds code, which can do anything that you can.
+        tracking: `auto` to ask ClearML, if it is there, for what is not here; `offline` not to.
+        set: Values for keys of the script's hparams, as `Experiment.load` takes them.
+        unset: Keys of them to remove.
 
     Raises:
         UserError: A script, the hparams, the arguments or the components are wrong.
         Interrupted: A signal asked it to end.
     """
-    follows = process_rank() > 0
     with (
-        Console(quiet=follows, debug=debug, as_json=as_json) as console,
-        stopping_on_signals(quiet=follows),
+        Console(quiet=process_rank() > 0, debug=debug, as_json=as_json) as console,
+        stopping_on_signals(quiet=process_rank() > 0),
         asking(tracking),
     ):
-        experiment = _loaded(path)
+        experiment = _loaded(path, set, unset)
         hparams = experiment.hparams.for_debug() if debug else experiment.hparams
-        pl.seed_everything(hparams.seed, workers=True, verbose=False)
-        components = experiment.infer_components([str(word) for word in arguments])
+        components = _seeded_components(experiment, arguments)
         loaders = Loaders(Position(hparams.seed), debug=debug, timeout=hparams.loader_timeout)
         predicted = loaders.prepare(components.predict_dataloaders, "predict")
         weights = _weights_for(components.module, hparams, trust=trust_checkpoint)
@@ -319,6 +349,11 @@ def infer(
         files = tuple(each.path for each in callbacks if isinstance(each, PredictionWriter))
         _show_files(console, files, as_json=as_json)
     return Inference(files, predictions if how["return_predictions"] else None)
+
+
+def _seeded_components(experiment: Experiment, arguments: Sequence[object]) -> InferComponents:
+    pl.seed_everything(experiment.hparams.seed, workers=True, verbose=False)
+    return experiment.infer_components([str(word) for word in arguments])
 
 
 def _warn_if_nothing_is_kept(callbacks: Sequence[pl.Callback], how: Mapping[str, Any]) -> None:

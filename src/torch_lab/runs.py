@@ -221,6 +221,8 @@ class RunRecord:
     parent: dict[str, Any] | None = None
     """The run and checkpoint that this run went on from."""
     clearml_task_id: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """What `--set` and `--unset` said; it holds again when the run is resumed."""
     datasets: list[dict[str, Any]] = field(default_factory=list)
     """The ClearML datasets that were read: id, name, project and version of each."""
     metrics: dict[str, float] = field(default_factory=dict)

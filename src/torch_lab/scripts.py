@@ -267,8 +267,10 @@ class _Bases:
 
 
 def _is_sibling(module: ModuleType) -> bool:
-    """Return whether a script was imported by its short name, and is no layer, maybe of old."""
-    return HOOK in vars(module) and _LAYERS not in vars(module)
+    """Return whether a script was imported by its short name, and is no layer, now or of old."""
+    names = vars(module)
+    is_imported = HOOK in names and _LAYERS not in names
+    return is_imported and Path(names["__file__"]) not in _running.get()
 
 
 class _SiblingFinder(importlib.abc.MetaPathFinder):

@@ -125,8 +125,9 @@ def _of_script(path: Path) -> Side:
         experiment=folder,
         hparams=hparams,
         lines={
-            spelt(key): (_below(changes[-1].file, root).as_posix(), changes[-1].line)
+            spelt(key): (_below(file, root).as_posix(), changes[-1].line)
             for key, changes in histories.items()
+            if (file := changes[-1].file) is not None
         },
         code={_named(_below(script, root), folder): _masked(script) for script in scripts},
         packages={"python": sys.version.split()[0], **installed_packages()},

@@ -499,6 +499,7 @@ def _planned(
         experiment=experiment.name,
         script=str(experiment.script),
         hparams=encoded(experiment.hparams.as_dict()),
+        overrides=experiment.overrides.record() if experiment.overrides else {},
         seed=experiment.hparams.seed,
         commit=code.commit,
         branch=code.branch,

@@ -10,15 +10,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch_lab.layering import DELETE, env, layer, new, ref
 from torch_lab.scripts import import_script_as_module, shown
 
 __all__ = [
+    "DELETE",
     "dict_as_str",
+    "env",
     "flattened",
     "import_script_as_module",
+    "layer",
     "length_of",
+    "new",
     "parameters_of",
     "process_rank",
+    "ref",
     "shown",
 ]
 
