@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 
 project = "torch-lab"
@@ -11,7 +12,8 @@ copyright = "2026, the torch-lab authors"
 release = version = importlib.metadata.version("torch-lab")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 default_role = "code"  # Docstrings write `name`, as Markdown does.
 
 html_theme = "furo"
@@ -44,6 +46,20 @@ def _fences_as_literal_blocks(_app, _what, _name, _obj, _options, lines: list[st
     lines[:] = "\n".join(lines).splitlines()
 
 
+def _notebooks_as_markdown(app, docname: str, source: list[str]) -> None:
+    """Turn a notebook into the Markdown that it is, with fences around what is code and output."""
+    if not str(app.env.doc2path(docname)).endswith(".ipynb"):
+        return
+    blocks = []
+    for cell in json.loads(source[0])["cells"]:
+        text = "".join(cell["source"])
+        blocks.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        texts = ["".join(output["text"]).rstrip() for output in cell.get("outputs", ())]
+        blocks += [f"```text\n{text}\n```" for text in texts]
+    source[0] = "\n\n".join(blocks)
+
+
 def setup(app) -> None:
-    """Prepare docstrings before napoleon reads them."""
+    """Prepare docstrings before napoleon reads them, and notebooks before MyST does."""
     app.connect("autodoc-process-docstring", _fences_as_literal_blocks, priority=1)
+    app.connect("source-read", _notebooks_as_markdown)

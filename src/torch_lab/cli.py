@@ -9,13 +9,18 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from torch_lab.errors import ExitCode, Interrupted, TorchLabError, UserError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from torch_lab.hparams import DevRun
 
 __all__ = [
     "check",
@@ -34,14 +39,28 @@ __all__ = [
     "verify_resume",
 ]
 
+_WORDS = "torch_lab.words"
+"""Where a context keeps the words of its command line."""
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Train(click.Command):
-    """A command whose `--devices` takes all the numbers that follow, `--resume` a run or none."""
+    """A command whose `--devices` takes all the numbers that follow, `--resume` a run or none.
+
+    Its help tells of the experiment, if a path is among the words.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _joined_resume(_joined_devices(args)))
+        words = ctx.meta[_WORDS] = _joined_resume(_joined_devices(args))
+        return super().parse_args(ctx, list(words))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        words = list(ctx.meta.get(_WORDS, ()))
+        given = self.make_context(ctx.info_name, words, resilient_parsing=True).params
+        if given["paths"]:
+            from torch_lab.printing import write_help
+
+            write_help(given["paths"][0], formatter, given["set_words"], given["unset_keys"])
 
 
 def _joined_resume(words: Sequence[str]) -> list[str]:
@@ -69,6 +88,22 @@ def _joined_devices(words: Sequence[str]) -> list[str]:
     return joined
 
 
+def _completed_by(
+    name: str,
+) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem[str]]]:
+    """Return what completes a word by the function of `torch_lab.completion` with this name."""
+
+    def complete(
+        context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        from torch_lab import completion
+
+        found: list[CompletionItem[str]] = getattr(completion, name)(context, incomplete)
+        return found
+
+    return complete
+
+
 _debug = click.option(
     "--debug",
     "--pdb",
@@ -83,6 +118,7 @@ _set = click.option(
     "set_words",
     metavar="KEY=VALUE",
     multiple=True,
+    shell_complete=_completed_by("settings"),
     help="Set one of the hparams for this time: config.learning_rate=3e-3, config.layers[0]=64, or "
     "config.milestones+=[9] to add to a list. A value is a Python literal, or else a string. May "
     "be given several times.",
@@ -92,6 +128,7 @@ _unset = click.option(
     "unset_keys",
     metavar="KEY",
     multiple=True,
+    shell_complete=_completed_by("keys"),
     help="Remove one of the hparams for this time. May be given several times.",
 )
 _trust = click.option(
@@ -108,7 +145,12 @@ _online = click.option(
 
 @click.command(cls=_Train, context_settings=_HELP)
 @click.argument(
-    "paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path)
+    "paths",
+    metavar="PATH...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+    shell_complete=_completed_by("scripts"),
 )
 @_set
 @_unset
@@ -136,6 +178,7 @@ _online = click.option(
 @click.option(
     "--resume",
     metavar="[RUN]",
+    shell_complete=_completed_by("runs"),
     help="Go on with an interrupted run: with RUN, or the newest one of this script.",
 )
 @click.option(
@@ -149,12 +192,19 @@ _online = click.option(
     "--jobs", metavar="N", type=click.IntRange(min=1), help="Run up to N paths side by side."
 )
 @click.option("--devices", metavar="I...", help="GPUs to deal out, one for each job: --devices 0 1")
+@click.option(
+    "--print",
+    "prints",
+    is_flag=True,
+    help="Print the hparams as they would be used, as Python or with --json as JSON, and stop.",
+)
 @_json
 def train(
     paths: tuple[Path, ...],
     jobs: int | None,
     devices: str | None,
     queue: str | None,
+    prints: bool,
     **options: Any,
 ) -> None:
     """Train the experiments of the hparams scripts at PATH..., one after another.
@@ -162,7 +212,10 @@ def train(
     Each run is recorded in a folder of its own, data/artifacts/EXPERIMENT-HPARAMS-vN.
     """
     with _failures(options["debug"]):
-        if queue is not None:
+        if prints:
+            for path in paths:
+                click.echo(_printed(path, options))
+        elif queue is not None:
             _enqueue(paths, queue, {**options, "jobs": jobs, "devices": devices})
         elif len(paths) == 1 and jobs is None and devices is None:
             _train_one(paths[0], options)
@@ -170,12 +223,36 @@ def train(
             _train_several(paths, jobs, devices, options)
 
 
+def _printed(path: Path, options: Mapping[str, Any]) -> str:
+    from torch_lab.experiment import Experiment
+    from torch_lab.printing import as_python, without_secrets
+    from torch_lab.runs import encoded
+    from torch_lab.utils import shown
+
+    dev_run = _dev_run(options)
+    # What a script prints itself is not what was asked for.
+    with contextlib.redirect_stdout(sys.stderr):
+        experiment = Experiment.load(path, **_overrides(options))
+    hparams = experiment.hparams.for_dev_run(dev_run) if dev_run else experiment.hparams
+    hparams = hparams.for_debug() if options["debug"] else hparams
+    found = without_secrets(hparams.as_dict())
+    if options["as_json"]:
+        return json.dumps(encoded(found))
+    return f"# {shown(experiment.script)}\n{as_python(found)}"
+
+
+def _dev_run(options: Mapping[str, Any]) -> DevRun | None:
+    from torch_lab.hparams import DevRun
+
+    return DevRun.parse(options["dev_run"]) if options["dev_run"] is not None else None
+
+
 def _train_one(path: Path, options: Mapping[str, Any]) -> None:
     from torch_lab.experiment import Experiment
-    from torch_lab.hparams import DevRun, check_goes_with_dev_run
+    from torch_lab.hparams import check_goes_with_dev_run
 
     # A mistake in the scripts is found before torch is imported, which takes seconds.
-    dev_run = DevRun.parse(options["dev_run"]) if options["dev_run"] is not None else None
+    dev_run = _dev_run(options)
     if dev_run is not None:
         check_goes_with_dev_run(resumes=options["resume"] is not None, online=options["online"])
     if options["not_exact"] and options["resume"] is None:
@@ -280,8 +357,14 @@ def _devices(given: str | None) -> list[str]:
 @_debug
 @_trust
 @_json
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("arguments", metavar="[ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED)
+@click.argument("path", type=click.Path(path_type=Path), shell_complete=_completed_by("scripts"))
+@click.argument(
+    "arguments",
+    metavar="[ARGUMENTS]...",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    shell_complete=_completed_by("arguments"),
+)
 def infer(
     path: Path,
     arguments: tuple[str, ...],
@@ -313,8 +396,32 @@ def infer(
         )
 
 
+def _install_completion(
+    context: click.Context, parameter: click.Parameter, shell: str | None
+) -> None:
+    if shell is None or context.resilient_parsing:
+        return
+    with _failures(debug=False):
+        from torch_lab.completion import install
+
+        for line in install(shell):
+            click.echo(line)
+    context.exit()
+
+
 @click.group(context_settings=_HELP)
 @click.version_option(package_name="torch-lab", message="%(prog)s %(version)s")
+@click.option(
+    "--install-completion",
+    metavar="[SHELL]",
+    is_flag=False,
+    flag_value="",
+    is_eager=True,
+    expose_value=False,
+    callback=_install_completion,
+    shell_complete=_completed_by("shells"),
+    help="Let SHELL (bash, zsh or fish; yours, if not given) complete paths, keys and runs.",
+)
 def torch_lab() -> None:
     """Run experiments with PyTorch, and keep a record of each."""
 
@@ -324,7 +431,7 @@ torch_lab.add_command(infer)
 
 
 @torch_lab.command(context_settings=_HELP)
-@click.argument("name", required=False, default="")
+@click.argument("name", required=False, default="", shell_complete=_completed_by("names"))
 @_json
 def runs(name: str, as_json: bool) -> None:
     """List the runs of the project in the working directory, the newest last.
@@ -345,7 +452,7 @@ def runs(name: str, as_json: bool) -> None:
 
 
 @torch_lab.command(context_settings=_HELP)
-@click.argument("names", metavar="[RUN]...", nargs=-1)
+@click.argument("names", metavar="[RUN]...", nargs=-1, shell_complete=_completed_by("names"))
 @click.option("--all", "everything", is_flag=True, help="All runs of the project.")
 @_json
 def sync(names: tuple[str, ...], everything: bool, as_json: bool) -> int:
@@ -373,8 +480,8 @@ def sync(names: tuple[str, ...], everything: bool, as_json: bool) -> int:
 
 
 @torch_lab.command(context_settings=_HELP)
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@click.argument("path", type=click.Path(path_type=Path), shell_complete=_completed_by("scripts"))
+@click.argument("keys", metavar="[KEY]...", nargs=-1, shell_complete=_completed_by("keys"))
 @_json
 def explain(path: Path, keys: tuple[str, ...], as_json: bool) -> None:
     """Show where each value of the hparams script at PATH comes from.
@@ -461,7 +568,7 @@ def check(paths: tuple[Path, ...], no_batch: bool, offline: bool, as_json: bool)
 
 
 @torch_lab.command("verify-resume", context_settings=_HELP)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path), shell_complete=_completed_by("scripts"))
 @click.option(
     "--kill-at",
     "kills",
@@ -602,6 +709,10 @@ def main(command: click.Command, program: str, arguments: Sequence[str] | None =
     # scripts. At the end, so that nothing there hides what is installed.
     here = Path.cwd()
     sys.path.extend(str(folder) for folder in (here, here / "src") if str(folder) not in sys.path)
+    if f"_{program.replace('-', '_')}_complete".upper() in os.environ:
+        from torch_lab.completion import prepare
+
+        prepare()
     try:
         code = command.main(arguments, prog_name=program, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

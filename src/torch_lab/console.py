@@ -337,7 +337,9 @@ def _print(renderable: Any, file: TextIO) -> None:
 
     # Nothing is known of the width of a file, and folding a path would break it.
     width = None if file.isatty() else 1000
-    console = RichConsole(file=file, width=width, highlight=False, markup=False, emoji=False)
+    # In a notebook rich would write past `file`, and so past the transcript.
+    options: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    console = RichConsole(file=file, width=width, force_jupyter=False, **options)
     console.print(renderable, soft_wrap=True)
 
 

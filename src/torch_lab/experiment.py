@@ -22,7 +22,15 @@ from torch_lab.overrides import Effective, Overrides, effective, resolved
 from torch_lab.provenance import Histories, Key, spelt
 from torch_lab.redaction import masked
 from torch_lab.runs import project_root
-from torch_lab.scripts import Layer, import_script_as_module, layers_of, running, siblings_of
+from torch_lab.scripts import (
+    Layer,
+    generation_of,
+    import_script_as_module,
+    layers_of,
+    of_generation,
+    running,
+    siblings_of,
+)
 from torch_lab.tracked import tracked
 from torch_lab.utils import flattened, shown
 
@@ -88,12 +96,14 @@ class Experiment:
     """What the scripts and the overrides say, without defaults, and what has set each value."""
     overrides: Overrides = field(default_factory=Overrides, repr=False)
     """What was set in place of what the scripts say."""
+    generation: int = field(default=1, repr=False, compare=False)
+    """That of the scripts: the config script shares siblings with those that made the hparams."""
 
     @classmethod
     def load(
         cls, path: str | Path, set: Mapping[str, Any] | None = None, unset: Sequence[str] = ()
     ) -> Experiment:
-        """Run the hparams script at `path`, and check what it holds.
+        """Run the hparams script at `path` afresh, with what it imports from beside it; check it.
 
         Args:
             path: The hparams script.
@@ -120,7 +130,7 @@ class Experiment:
             defaults=_defaults(script),
         )
         hparams = Hparams.parse(found.hparams, script, project_name)
-        return cls(script, hparams, layers, found, overrides)
+        return cls(script, hparams, layers, found, overrides, generation_of(module))
 
     @property
     def histories(self) -> Histories:
@@ -156,7 +166,7 @@ class Experiment:
     def scripts(self) -> tuple[Path, ...]:
         """Every script that makes the experiment so far, and what they import of the project."""
         scripts = [*(layer.path for layer in self.layers), self.config_script]
-        scripts += siblings_of(self.script)
+        scripts += siblings_of(self.script, self.generation)
         return tuple(dict.fromkeys([*scripts, *imported_files(scripts, self.folder, self.root)]))
 
     def differences(self) -> list[Difference]:
@@ -203,7 +213,7 @@ class Experiment:
         self._check_arguments(function, ())
         given = self.hparams.as_dict()
         given["config"], reads = tracked(given["config"])
-        with running(self.config_script):
+        with running(self.config_script, self.generation):
             returned = _called(function, given)
         del given  # Whoever holds it still may read it later; we do not.
         if unread := self._set_by_scripts(reads.forgotten()):
@@ -221,7 +231,7 @@ class Experiment:
         """
         function = self._function_in(self._config_module(), "infer_config")
         self._check_arguments(function, arguments)
-        with running(self.config_script):
+        with running(self.config_script, self.generation):
             returned = _called(function, self.hparams.as_dict(), *arguments)
         return InferComponents.parse(returned, f"{shown(self.config_script)}: infer_config")
 
@@ -269,7 +279,8 @@ class Experiment:
 
     def _config_module(self) -> ModuleType:
         """Return the config script, after `config` was checked by it."""
-        module = import_script_as_module(self.config_script)
+        with of_generation(self.generation):
+            module = import_script_as_module(self.config_script)
         self.check_structure(module)
         return module
 

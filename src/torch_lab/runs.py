@@ -32,6 +32,7 @@ from typing import Any
 
 from torch_lab.errors import CheckpointError, UserError, did_you_mean, listed
 from torch_lab.files import written_whole
+from torch_lab.places import artifacts_folder, project_of
 from torch_lab.processes import FolderLock, is_alive, process_started
 from torch_lab.redaction import masked, masked_arguments, masked_diff, masked_message, masked_script
 from torch_lab.scripts import running_script
@@ -80,18 +81,7 @@ def project_root(start: Path | None = None) -> Path:
         start: A path in the project; if not given, the script that is running, be it in
             `train_config` or `infer_config`, or else the working directory.
     """
-    start = start or running_script() or Path.cwd()
-    if override := os.environ.get("TORCH_LAB_ROOT"):
-        return Path(override).expanduser().resolve()
-    for folder in (start, *start.parents):
-        if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
-            return folder
-    return Path.cwd()
-
-
-def artifacts_folder(root: Path) -> Path:
-    """Return the folder that holds the runs of the project at `root`."""
-    return root / "data" / "artifacts"
+    return project_of(start or running_script() or Path.cwd())
 
 
 def unversioned(name: str) -> str:

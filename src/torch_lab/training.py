@@ -75,6 +75,7 @@ __all__ = [
     "given_callbacks",
     "leave_process_group",
     "prepared",
+    "with_loaders",
 ]
 
 log = logging.getLogger(__name__)
@@ -350,7 +351,7 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
         source = _source(hparams, options)
     position = Position(hparams.seed)
     in_process = options.debug or options.only_checks
-    components, loaders = _with_loaders(components, hparams, position, debug=in_process)
+    components, loaders = with_loaders(components, hparams, position, debug=in_process)
     code = code_state(experiment.root)
     run = options.resume or _planned(experiment, code, source, options, access)
     logger = MetricsLogger(run)
@@ -464,7 +465,7 @@ def _is_own(source: Source | None, resumed: Run | None) -> bool:
     return source.run.record.id == resumed.record.id
 
 
-def _with_loaders(
+def with_loaders(
     components: TrainComponents, hparams: Hparams, position: Position, *, debug: bool
 ) -> tuple[TrainComponents, Loaders]:
     """Return the components with their loaders fitted for a run, and what does so."""

@@ -16,6 +16,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from torch_lab.callbacks.cell import COLUMNS, CellLine
+
 __all__ = ["BAR_CELLS", "EpochProgress", "bar"]
 
 REDRAW_SECONDS = 0.1
@@ -34,10 +36,10 @@ class EpochProgress(pl.callbacks.ProgressBar):
     epoch  2/10  ━━━━━━━━━━━━━━━━────────────  53/94  81.2 steps/s  0:01 left  loss 0.198
     ```
 
-    The live line is drawn on a terminal alone; elsewhere there are plain lines and no control
-    characters. `loss/train` is the mean over the epoch's steps, of rank zero alone, and costs no
-    synchronisation with the device per step. The other values are what the module logged in the
-    epoch. Only rank zero writes.
+    The live line is drawn on a terminal, and in a notebook above the kept ones; elsewhere there are
+    plain lines and no control characters. `loss/train` is the mean over the epoch's steps, of rank
+    zero alone, and costs no synchronisation with the device per step. The other values are what the
+    module logged in the epoch. Only rank zero writes.
     """
 
     def __init__(self) -> None:
@@ -302,18 +304,22 @@ class _Pace:
 
 
 class _LiveLine:
-    """The last line of the terminal, drawn over and over, with kept lines above it."""
+    """The last line of the terminal, drawn over and over, with kept lines above it.
+
+    In a notebook it stands where it was drawn first, with kept lines below it.
+    """
 
     def __init__(self) -> None:
         self._drawn_at = -math.inf
         self._is_drawn = False
+        self._cell = CellLine()
 
     def is_due(self) -> bool:
         now = time.monotonic()
         if now - self._drawn_at < REDRAW_SECONDS:
             return False
         self._drawn_at = now
-        return _is_terminal(sys.stderr)
+        return _is_terminal(sys.stderr) or self._cell.is_possible
 
     def draw(
         self,
@@ -331,7 +337,7 @@ class _LiveLine:
             words.append(f"{_number(rate)} {unit}/s")
             words += [f"{_clock((total - pace.done) / rate)} left"] if total < math.inf else []
         words += values
-        room = _columns(stream) - 1
+        room = COLUMNS if self._cell.is_possible else _columns(stream) - 1
         text = "  ".join([*name, *words])
         cells = min(BAR_CELLS, room - len(text) - 2)
         if total < math.inf and cells >= NARROWEST_BAR:
@@ -339,18 +345,25 @@ class _LiveLine:
         else:
             text = text[:room]
         self._is_drawn = True
-        _write(stream, ERASE_LINE + text)
+        if self._cell.is_possible:
+            self._cell.draw(text)
+        else:
+            _write(stream, ERASE_LINE + text)
 
     def keep(self, words: Sequence[str]) -> None:
         stream = sys.stderr
         start = ERASE_LINE if _is_terminal(stream) else ""
         self._is_drawn = False
+        self._cell.clear()
         _write(stream, start + "  ".join(words) + "\n")
 
     def clear(self) -> None:
         if self._is_drawn:
             self._is_drawn = False
-            _write(sys.stderr, ERASE_LINE)
+            if self._cell.is_possible:
+                self._cell.clear()
+            else:
+                _write(sys.stderr, ERASE_LINE)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
