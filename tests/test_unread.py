@@ -20,7 +20,7 @@ def in_words(caplog: pytest.LogCaptureFixture) -> None:
 def warnings_of(lab: Lab, caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
     """Return what is warned of when the components are made."""
     caplog.clear()
-    Experiment.load(lab.path).train_components(**options)
+    Experiment.load(lab.path, **options).train_components()
     return [record.getMessage() for record in caplog.records]
 
 
@@ -74,7 +74,7 @@ def test_strict(lab: Lab) -> None:
     """It is an error that says where, and nothing is created."""
     lab.hparams("hparams", {"config": {"lrr": 0.1}})
     with pytest.raises(HparamsError, match=r"never reads config\.lrr \(.*hparams\.py:1\)"):
-        Experiment.load(lab.path).train_components(strict=True)
+        Experiment.load(lab.path, {"strict": True}).train_components()
     assert lab.runs == []
 
 

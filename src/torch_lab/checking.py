@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import gc
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -144,7 +145,14 @@ def _print_details(report: Report, told: int, file: TextIO) -> None:
         print(shown(report.script), *(f"  {line}" for line in lines), "", sep="\n", file=file)
 
 
-def check(paths: Iterable[Path], *, batch: bool = True, tracking: str = "auto") -> Checked:
+def check(
+    paths: Iterable[Path],
+    *,
+    batch: bool = True,
+    tracking: str = "auto",
+    set: Mapping[str, Any] | None = None,
+    unset: Sequence[str] = (),
+) -> Checked:
     """Check hparams scripts, and return what was found; no script stops the others.
 
     What the user's code prints goes to stderr.
@@ -155,6 +163,8 @@ def check(paths: Iterable[Path], *, batch: bool = True, tracking: str = "auto") 
         batch: Whether to make the components, and pass a batch through them.
         tracking: `auto` to ask a ClearML server, if there is one, for checkpoints and datasets that
             are not here; `offline` to touch nothing of ClearML.
+        set: Values for keys of all scripts, as `Experiment.load` takes them.
+        unset: Keys to remove from all of them.
 
     Raises:
         UserError: There is no hparams script among `paths`.
@@ -169,6 +179,7 @@ def check(paths: Iterable[Path], *, batch: bool = True, tracking: str = "auto") 
             "an hparams script assigns a dictionary to the name hparams",
         )
     several = batch and len(scripts) > 1
+    load = functools.partial(Experiment.load, set=set, unset=unset)
     reports: dict[Path, Report] = {}
     with Console(as_json=True) as console:
         # Where no config script is, another one's layers may be: those are known at the end.
@@ -180,7 +191,7 @@ def check(paths: Iterable[Path], *, batch: bool = True, tracking: str = "auto") 
             if several:
                 console.progress(shown(path), place / len(scripts))
             with _memory_given_back() if several else contextlib.nullcontext():
-                reports[path] = _report(path, batch=batch, tracking=tracking)
+                reports[path] = _report(load, path, batch=batch, tracking=tracking)
         if several:
             console.no_progress()
     return Checked([reports[path] for path in scripts if path in reports], skipped)
@@ -223,12 +234,14 @@ def _is_beside_none(path: Path) -> bool:
     return not path.with_name("__main__.py").is_file()
 
 
-def _report(path: Path, *, batch: bool, tracking: str) -> Report:
+def _report(
+    load: Callable[[Path], Experiment], path: Path, *, batch: bool, tracking: str
+) -> Report:
     findings = Findings()
     layers: list[Path] = []
     with imported_afresh(project_root(path.resolve())), findings.until_the_end():
         with findings.step("scripts", keys=HparamsError):
-            experiment = Experiment.load(path)
+            experiment = load(path)
         layers += [layer.path for layer in experiment.layers]
         findings.ok("scripts", " > ".join(layer.name for layer in layers))
         _note_keys(experiment, findings)

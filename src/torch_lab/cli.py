@@ -131,6 +131,12 @@ _unset = click.option(
     shell_complete=_completed_by("keys"),
     help="Remove one of the hparams for this time. May be given several times.",
 )
+_strict = click.option(
+    "--strict",
+    is_flag=True,
+    help="As strict=True in the hparams: a key of config is an error that a layer adds without "
+    "new(…), or that train_config never reads.",
+)
 _trust = click.option(
     "--trust-checkpoint",
     is_flag=True,
@@ -154,6 +160,7 @@ _online = click.option(
 )
 @_set
 @_unset
+@_strict
 @click.option(
     "--dev-run",
     metavar="N",
@@ -277,16 +284,19 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
 
 
 def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `--set` and `--unset` say, as `Experiment.load` takes it."""
+    """Return what `--set`, `--unset` and `--strict` say, as `Experiment.load` takes it."""
     from torch_lab.overrides import parsed_words
 
-    return {"set": parsed_words(options["set_words"]), "unset": options["unset_keys"]}
+    strict = {"strict": True} if options.get("strict") else {}
+    words = parsed_words(options["set_words"])
+    return {"set": {**words, **strict}, "unset": options["unset_keys"]}
 
 
 def _override_words(options: Mapping[str, Any]) -> list[str]:
-    """Return `--set` and `--unset` as they were given."""
-    unset = [f"--unset={key}" for key in options["unset_keys"]]
-    return [*(f"--set={word}" for word in options["set_words"]), *unset]
+    """Return `--set`, `--unset` and `--strict` as they were given."""
+    words = [f"--set={word}" for word in options["set_words"]]
+    words += [f"--unset={key}" for key in options["unset_keys"]]
+    return [*words, *(["--strict"] if options["strict"] else [])]
 
 
 def _enqueue(paths: Sequence[Path], queue: str, options: Mapping[str, Any]) -> None:
@@ -482,8 +492,10 @@ def sync(names: tuple[str, ...], everything: bool, as_json: bool) -> int:
 @torch_lab.command(context_settings=_HELP)
 @click.argument("path", type=click.Path(path_type=Path), shell_complete=_completed_by("scripts"))
 @click.argument("keys", metavar="[KEY]...", nargs=-1, shell_complete=_completed_by("keys"))
+@_set
+@_unset
 @_json
-def explain(path: Path, keys: tuple[str, ...], as_json: bool) -> None:
+def explain(path: Path, keys: tuple[str, ...], as_json: bool, **overrides: tuple[str, ...]) -> None:
     """Show where each value of the hparams script at PATH comes from.
 
     Below each key stand the lines that have set it, the newest first: that one holds. With KEYs
@@ -496,7 +508,7 @@ def explain(path: Path, keys: tuple[str, ...], as_json: bool) -> None:
 
         # What the scripts print is no part of it.
         with contextlib.redirect_stdout(sys.stderr):
-            experiment = Experiment.load(path)
+            experiment = Experiment.load(path, **_overrides(overrides))
         found = explaining.explained(experiment, keys)
         warnings = list(explaining.layer_warnings(experiment))
         if as_json:
@@ -509,8 +521,8 @@ def explain(path: Path, keys: tuple[str, ...], as_json: bool) -> None:
 
 
 @torch_lab.command(context_settings=_HELP)
-@click.argument("one", metavar="A")
-@click.argument("other", metavar="B")
+@click.argument("one", metavar="A", shell_complete=_completed_by("comparable"))
+@click.argument("other", metavar="B", shell_complete=_completed_by("comparable"))
 @click.option("--exit-code", is_flag=True, help="End with 1 if anything differs, as diff does.")
 @click.option("--verbose", "-v", is_flag=True, help="Show the lines of the code that differ.")
 @_json
@@ -542,14 +554,24 @@ def diff(one: str, other: str, exit_code: bool, verbose: bool, as_json: bool) ->
 
 @torch_lab.command(context_settings=_HELP)
 @click.argument(
-    "paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path)
+    "paths",
+    metavar="PATH...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+    shell_complete=_completed_by("scripts"),
 )
+@_set
+@_unset
+@_strict
 @click.option(
     "--no-batch", is_flag=True, help="Look at scripts and keys alone: make no model, read no data."
 )
 @_offline
 @_json
-def check(paths: tuple[Path, ...], no_batch: bool, offline: bool, as_json: bool) -> int:
+def check(
+    paths: tuple[Path, ...], no_batch: bool, offline: bool, as_json: bool, **overrides: Any
+) -> int:
     """Check the hparams scripts at PATH... as far as can be without training.
 
     A batch of each goes forward and backward on the CPU, and nothing of it is kept. Scripts that
@@ -559,7 +581,9 @@ def check(paths: tuple[Path, ...], no_batch: bool, offline: bool, as_json: bool)
         from torch_lab import checking
 
         tracking = "offline" if offline else "auto"
-        checked = checking.check(paths, batch=not no_batch, tracking=tracking)
+        checked = checking.check(
+            paths, batch=not no_batch, tracking=tracking, **_overrides(overrides)
+        )
         if as_json:
             click.echo(json.dumps(checked.record()))
         else:

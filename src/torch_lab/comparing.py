@@ -37,7 +37,7 @@ _BEFORE: Final = 16
 """How many of them stand before what differs in a longer one."""
 
 Value: TypeAlias = Mapping[str, Any]
-"""A `value` in what JSON can hold, with the `file` and the `line` that set it, where known."""
+"""A `value` in what JSON can hold, with the `file` and `line` that set it, or another `source`."""
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,8 @@ def _lasting(value: Any) -> Any:
 
 
 def _setting(side: Side, key: Key, place: Key, leaf: _Leaf | None) -> Value | None:
-    line = side.lines.get(spelt(key)) or side.lines.get(spelt(place))
-    where = {} if line is None else {"file": line[0], "line": line[1]}
-    return ({} if leaf is None else {"value": leaf.value}) | where or None
+    line = side.lines.get(spelt(key)) or side.lines.get(spelt(place)) or {}
+    return ({} if leaf is None else {"value": leaf.value}) | dict(line) or None
 
 
 def _text(value: Value | None) -> str:
@@ -300,8 +299,10 @@ def _text(value: Value | None) -> str:
 
 
 def _place(side: Side, value: Value | None) -> str:
-    if value is None or "line" not in value:
+    if value is None or not value.keys() & {"file", "source"}:
         return ""
+    if "source" in value:
+        return f"  ({value['source']})"
     file = Path(value["file"])
     below = file.relative_to(side.experiment) if file.is_relative_to(side.experiment) else file
     return f"  ({below}:{value['line']})"

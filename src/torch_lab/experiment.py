@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+from torch_lab.added import added_keys
 from torch_lab.components import InferComponents, TrainComponents
 from torch_lab.errors import ComponentsError, HparamsError, ScriptError, did_you_mean, listed
 from torch_lab.hparams import Hparams
@@ -113,7 +114,8 @@ class Experiment:
 
         Raises:
             ScriptError: It is missing, does not compile, or has no config script beside it.
-            HparamsError: It holds no `hparams`, or wrong ones, or what is set does not fit.
+            HparamsError: It holds no `hparams`, or wrong ones, or what is set does not fit; or they
+                are strict, and a layer has a key that is not in its base.
         """
         script = _hparams_script(Path(path).expanduser())
         module = import_script_as_module(script)
@@ -130,7 +132,10 @@ class Experiment:
             defaults=_defaults(script),
         )
         hparams = Hparams.parse(found.hparams, script, project_name)
-        return cls(script, hparams, layers, found, overrides, generation_of(module))
+        experiment = cls(script, hparams, layers, found, overrides, generation_of(module))
+        if hparams.strict and (added := experiment.added_keys):
+            raise HparamsError("; ".join(added), "new(…) around a value marks a key as one")
+        return experiment
 
     @property
     def histories(self) -> Histories:
@@ -169,6 +174,11 @@ class Experiment:
         scripts += siblings_of(self.script, self.generation)
         return tuple(dict.fromkeys([*scripts, *imported_files(scripts, self.folder, self.root)]))
 
+    @property
+    def added_keys(self) -> list[str]:
+        """What layers add to `config` that may be misspelt, a sentence each."""
+        return added_keys(self.layers, self.histories)
+
     def differences(self) -> list[Difference]:
         """Return in what the hparams differ from those of the base layer."""
         first = self.layers[0].hparams
@@ -198,15 +208,12 @@ class Experiment:
         self._check_arguments(self._function_in(module, "train_config"), ())
         return hasattr(module, _STRUCTURE)
 
-    def train_components(self, *, strict: bool = False) -> TrainComponents:
+    def train_components(self) -> TrainComponents:
         """Return what `train_config` makes of the hparams; warn of keys that it has not read.
-
-        Args:
-            strict: Whether such keys are an error.
 
         Raises:
             ScriptError: The config script does not compile.
-            HparamsError: There are keys in `config` that it has not read, and this is `strict`.
+            HparamsError: There are keys in `config` that it has not read, and hparams are strict.
             ComponentsError: It has no `train_config`, or that returned something else.
         """
         function = self._function_in(self._config_module(), "train_config")
@@ -217,7 +224,7 @@ class Experiment:
             returned = _called(function, given)
         del given  # Whoever holds it still may read it later; we do not.
         if unread := self._set_by_scripts(reads.forgotten()):
-            self._tell_of_unread(unread, strict=strict)
+            self._tell_of_unread(unread)
         reads.end()
         return TrainComponents.parse(returned, f"{shown(self.config_script)}: train_config")
 
@@ -270,9 +277,9 @@ class Experiment:
                 return shown_change(histories[path[:end]][-1])
         return None
 
-    def _tell_of_unread(self, unread: Sequence[str], *, strict: bool) -> None:
+    def _tell_of_unread(self, unread: Sequence[str]) -> None:
         told = f"{shown(self.config_script)}: train_config never reads {listed(unread, 8)}"
-        if strict:
+        if self.hparams.strict:
             hint = "mend or remove them, or have train_config read them"
             raise HparamsError(told, hint)
         log.warning("%s", told)

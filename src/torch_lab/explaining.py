@@ -18,11 +18,12 @@ from torch_lab.errors import HparamsError
 from torch_lab.experiment import Experiment
 from torch_lab.layering import shown_change
 from torch_lab.provenance import DELETED, Change, Key, is_same, spelt
-from torch_lab.redaction import masked
+from torch_lab.redaction import masked_at
+from torch_lab.runs import path_in_sources
 from torch_lab.suggestions import nearest_key
 from torch_lab.utils import shown
 
-__all__ = ["Explained", "explained", "explained_rows", "layer_warnings"]
+__all__ = ["Explained", "chains", "explained", "explained_rows", "layer_warnings"]
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,33 @@ class Explained:
             "key": self.name,
             "value": None if value is DELETED else repr(value),
             "is_deleted": value is DELETED,
-            "changes": [
-                {
-                    "file": str(change.file) if change.file else None,
-                    "line": change.line,
-                    "source": change.source,
-                    "value": repr(change.value),
-                }
-                for change in self.changes
-            ],
+            "changes": [_recorded(change) for change in self.changes],
         }
+
+
+def _recorded(change: Change) -> dict[str, Any]:
+    return {
+        "file": str(change.file) if change.file else None,
+        "line": change.line,
+        "source": change.source,
+        "value": repr(change.value),
+    }
+
+
+def chains(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
+    """Return what has set each value, the newest last, as a run's record keeps it.
+
+    Files are named by their paths in the project; secrets are masked.
+    """
+
+    def below(change: Change) -> Change:
+        file = change.file and path_in_sources(change.file, experiment.root)
+        return replace(change, file=file)
+
+    every = (_explained(key, changes) for key, changes in experiment.histories.items())
+    return {
+        each.name: [_recorded(below(change)) for change in reversed(each.changes)] for each in every
+    }
 
 
 def explained(experiment: Experiment, wanted: Iterable[str] = ()) -> list[Explained]:
@@ -85,7 +103,7 @@ def explained(experiment: Experiment, wanted: Iterable[str] = ()) -> list[Explai
 
 def _explained(key: Key, changes: Iterable[Change]) -> Explained:
     def plain(value: Any) -> Any:
-        return value if value is DELETED else masked({key[-1]: value})[key[-1]]
+        return value if value is DELETED else masked_at(key, value)
 
     newest_first = reversed(tuple(changes))
     return Explained(key, tuple(replace(each, value=plain(each.value)) for each in newest_first))
@@ -120,32 +138,14 @@ def layer_warnings(experiment: Experiment) -> Iterator[str]:
             )
     for key, changes in experiment.histories.items():
         yield from _set_in_vain(key, changes)
-        if _is_added(experiment, key, changes):
-            yield _added(experiment, key, changes[0])
+    yield from experiment.added_keys
 
 
 def _set_in_vain(key: Key, changes: tuple[Change, ...]) -> Iterator[str]:
     for before, after in itertools.pairwise(changes):
         if before.file != after.file and is_same(before.value, after.value):
+            value = masked_at(key, after.value)
             yield (
-                f"{shown_change(after)} sets {spelt(key)} to {after.value!r}, which it was already "
+                f"{shown_change(after)} sets {spelt(key)} to {value!r}, which it was already "
                 f"({shown_change(before)})"
             )
-
-
-def _is_added(experiment: Experiment, key: Key, changes: tuple[Change, ...]) -> bool:
-    """Return whether a key of `config` is in no layer before the one that sets it first."""
-    base = next((layer.path for layer in experiment.layers if layer.recorder.histories), None)
-    is_below = key[0] == "config" and len(key) > 1
-    return is_below and changes[0].file not in (base, None) and not changes[0].is_new
-
-
-def _added(experiment: Experiment, key: Key, change: Change) -> str:
-    others = [
-        spelt(known)
-        for known, changes in experiment.histories.items()
-        if known != key and changes[0].file != change.file
-    ]
-    near = nearest_key(spelt(key), others)
-    mend = f"; did you mean {near}?" if near else ""
-    return f"{shown_change(change)} adds {spelt(key)}, which no layer before it has{mend}"

@@ -1,6 +1,6 @@
 """Hparams: one plain dictionary, checked and completed once, so that nobody below asks again.
 
-The sections are `task`, `checkpoint`, `trainer`, `config` and `seed`; all are optional.
+The sections `task`, `checkpoint`, `trainer` and `config`, and the values beside them, are optional.
 """
 
 from __future__ import annotations
@@ -157,6 +157,8 @@ class Hparams:
     seed: int
     loader_timeout: float | None
     """Seconds that the workers of a loader may take for a batch; None for any time."""
+    strict: bool = False
+    """Whether keys of `config` that no base has, or that nobody reads, are errors."""
     added: frozenset[str] = frozenset()
     """The keys of `config` that no script has set."""
 
@@ -185,6 +187,7 @@ class Hparams:
             loader_timeout=check.positive(
                 sections.get("loader_timeout", _LOADER_TIMEOUT), "loader_timeout", "of seconds"
             ),
+            strict=check.yes_or_no(sections.get("strict", False), "strict"),
         )
 
     @property
@@ -206,6 +209,7 @@ class Hparams:
             "config": self.config,
             "seed": self.seed,
             "loader_timeout": self.loader_timeout,
+            "strict": self.strict,
         }
         result: dict[str, Any] = copied(plain)
         return result
@@ -295,6 +299,10 @@ class _Check:
         if not isinstance(value, kind):
             raise self.error(f"{name} must be {expected}, not {_described(value)}")
 
+    def yes_or_no(self, value: object, name: str) -> bool:
+        self.is_type(value, bool, name, "True or False")
+        return bool(value)
+
     def task(self, given: object) -> dict[str, Any]:
         task = self.is_dict(given, "task")
         if task:
@@ -315,7 +323,7 @@ class _Check:
         )
         self.is_type(name, str, "checkpoint.checkpoint_name", "a string")
         for key in ("weights_only", "strict"):
-            self.is_type(given[key], bool, f"checkpoint.{key}", "True or False")
+            self.yes_or_no(given[key], f"checkpoint.{key}")
         section = CheckpointSection(
             checkpoint_task_id=str(source) if source else None,
             checkpoint_name=name.removesuffix(".ckpt"),

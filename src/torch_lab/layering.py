@@ -54,7 +54,7 @@ __all__ = [
     "shown_change",
 ]
 
-SECTIONS: Final = ("task", "checkpoint", "trainer", "config", "seed", "loader_timeout")
+SECTIONS: Final = ("task", "checkpoint", "trainer", "config", "seed", "loader_timeout", "strict")
 """What hparams may hold."""
 OWN_KEYS: Final = "keys of your own are below config"
 

@@ -39,7 +39,7 @@ from torch_lab.layering import (
     parsed_key,
     place_of,
 )
-from torch_lab.provenance import Change, Histories, Key, New, copied, leaves, spelt
+from torch_lab.provenance import Change, Histories, Key, New, copied, is_same, leaves, spelt
 from torch_lab.redaction import MASK, masked
 from torch_lab.utils import shown
 
@@ -59,6 +59,15 @@ class Effective:
 
     hparams: dict[str, Any]
     histories: Histories = field(repr=False)
+
+    def with_edits(self, before: Any, after: Any, source: str) -> Effective:
+        """Return them with the values in `after` that are others `before`, which `source` set."""
+        own, histories = dict(leaves(before)), dict(self.histories)
+        for key, value in leaves(after):
+            if not is_same(own.get(key, MISSING), value):
+                change = Change(None, 0, value, source=source)
+                histories[key] = (*histories.get(key, ()), change)
+        return Effective(self.hparams, histories)
 
 
 def effective(

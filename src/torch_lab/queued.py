@@ -79,10 +79,12 @@ class AgentTask:
             return experiment, []
         original = decoded(json.loads(typed["value"]))
         shown = {str(each["name"]): str(each.get("value") or "") for each in section.values()}
-        values, lines = edited(experiment.hparams.as_dict(), original, shown)
+        given = experiment.hparams.as_dict()
+        values, lines = edited(given, original, shown)
         project = experiment.hparams.task["project_name"]
         hparams = Hparams.parse(values, experiment.script, project_name=project)
-        return replace(experiment, hparams=hparams), lines
+        effective = experiment.effective.with_edits(given, values, f"edited in task {self.id}")
+        return replace(experiment, hparams=hparams, effective=effective), lines
 
     # Going on.
 

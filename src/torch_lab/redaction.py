@@ -9,7 +9,7 @@ import os
 import re
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "is_secret",
     "masked",
     "masked_arguments",
+    "masked_at",
     "masked_diff",
     "masked_message",
     "masked_script",
@@ -114,6 +115,11 @@ def masked(value: Any) -> Any:
     return _masked(value, secret=False)
 
 
+def masked_at(key: Sequence[object], value: Any) -> Any:
+    """Return the value that stands at `key` in nested dictionaries, with its secrets masked."""
+    return _masked(value, secret=any(map(_is_secret_key, key)))
+
+
 def _masked(value: Any, *, secret: bool) -> Any:
     if isinstance(value, str):
         return MASK if secret and value else masked_text(value)
@@ -123,7 +129,7 @@ def _masked(value: Any, *, secret: bool) -> Any:
         return value
     if "__type__" in value:
         return {**value, "value": _masked_tagged(value, secret=secret)}
-    return {key: _masked(item, secret=secret or is_secret(key)) for key, item in value.items()}
+    return {key: _masked(item, secret=secret or _is_secret_key(key)) for key, item in value.items()}
 
 
 def _masked_tagged(tagged: Mapping[str, Any], *, secret: bool) -> Any:
@@ -134,7 +140,7 @@ def _masked_tagged(tagged: Mapping[str, Any], *, secret: bool) -> Any:
     return value if kind == "float" else _masked(value, secret=secret)
 
 
-def _is_secret_key(key: Any) -> bool:
+def _is_secret_key(key: object) -> bool:
     return isinstance(key, str) and is_secret(key)
 
 

@@ -51,6 +51,7 @@ __all__ = [
     "installed_packages",
     "is_made_here",
     "latest_unfinished",
+    "path_in_sources",
     "plain_name",
     "project_root",
     "runs_of",
@@ -136,6 +137,13 @@ def code_state(root: Path) -> CodeState:
     return CodeState(head["oid"], head["head"], changes, untracked, repository)
 
 
+def path_in_sources(script: Path, root: Path) -> Path:
+    """Return where a script is in the `sources/` of a run: by its path in the project at `root`."""
+    # A `..` in it would lead out of the folder.
+    path = script if ".." not in script.parts else script.resolve()
+    return path.relative_to(root if path.is_relative_to(root) else path.anchor)
+
+
 def untracked_files(root: Path, code: CodeState) -> list[str]:
     """Return the files below `root` that git does not know; those of runs and caches are none."""
     if not code.untracked:
@@ -213,6 +221,8 @@ class RunRecord:
     clearml_task_id: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     """What `--set` and `--unset` said; it holds again when the run is resumed."""
+    provenance: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """What has set each of the hparams: files by their paths in `sources/`, the newest last."""
     datasets: list[dict[str, Any]] = field(default_factory=list)
     """The ClearML datasets that were read: id, name, project and version of each."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -481,10 +491,7 @@ class Run:
         began goes to a folder of its own.
         """
         for script in scripts:
-            # A `..` in it would lead out of the folder.
-            path = script if ".." not in script.parts else script.resolve()
-            below = path.relative_to(root if path.is_relative_to(root) else path.anchor)
-            self._keep_source(below, masked_script(path.read_bytes()))
+            self._keep_source(path_in_sources(script, root), masked_script(script.read_bytes()))
         if changes:
             self._keep_source(Path("changes.diff"), masked_diff(changes))
 

@@ -5,11 +5,10 @@ Of a run its folder tells. Nothing but the hparams scripts is run, and no checkp
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any, Final, TypeAlias
 from torch_lab.afresh import imported_afresh
 from torch_lab.errors import CheckpointError, UserError, did_you_mean, listed
 from torch_lab.experiment import Experiment
+from torch_lab.explaining import chains
 from torch_lab.imports import unkept_imports
-from torch_lab.provenance import spelt
 from torch_lab.redaction import masked, masked_script
 from torch_lab.runs import (
     Run,
@@ -27,6 +26,7 @@ from torch_lab.runs import (
     encoded,
     find_run,
     installed_packages,
+    path_in_sources,
     project_root,
 )
 from torch_lab.utils import shown
@@ -36,8 +36,8 @@ __all__ = ["Line", "Side"]
 _CONFIG_SCRIPT: Final = "__main__.py"
 _RESUMED: Final = re.compile(r"resumed-\d+")
 
-Line: TypeAlias = tuple[str, int]
-"""A script, by its path in the project, and a line in it."""
+Line: TypeAlias = Mapping[str, Any]
+"""A `file`, by its path in the project, and a `line` in it; or the `source` that is no script."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,8 @@ def _of_script(path: Path) -> Side:
         hparams = masked(encoded(experiment.hparams.as_dict()))
         scripts = experiment.scripts
     root = experiment.root
-    folder = _below(experiment.folder, root)
+    folder = path_in_sources(experiment.folder, root)
     layers = [layer.path.name for layer in experiment.layers]
-    histories = experiment.histories
 
     def look_up(name: str) -> bytes | None:
         places = (experiment.folder / name, root / name)
@@ -124,12 +123,8 @@ def _of_script(path: Path) -> Side:
         + (f" ({' > '.join(layers)})" if len(layers) > 1 else ""),
         experiment=folder,
         hparams=hparams,
-        lines={
-            spelt(key): (_below(file, root).as_posix(), changes[-1].line)
-            for key, changes in histories.items()
-            if (file := changes[-1].file) is not None
-        },
-        code={_named(_below(script, root), folder): _masked(script) for script in scripts},
+        lines=_lines(chains(experiment)),
+        code={_named(path_in_sources(script, root), folder): _masked(script) for script in scripts},
         packages={"python": sys.version.split()[0], **installed_packages()},
         look_up=look_up,
     )
@@ -138,11 +133,6 @@ def _of_script(path: Path) -> Side:
 def _masked(script: Path) -> bytes:
     # As a run keeps it: else the secrets in it would differ from the asterisks there.
     return masked_script(script.read_bytes())
-
-
-def _below(path: Path, root: Path) -> Path:
-    """Return a path as a run's `sources/` have it."""
-    return path.relative_to(root if path.is_relative_to(root) else path.anchor)
 
 
 def _named(path: Path, experiment: Path) -> str:
@@ -230,7 +220,7 @@ def _recorded(run: Run, **known: Any) -> Side:
     return Side(
         experiment=folder,
         hparams=masked(run.record.hparams),
-        lines=_lines(run),
+        lines=_lines(run.record.provenance),
         code={_named(below, folder): _masked(path) for below, path in scripts.items()},
         packages={"python": run.record.python, **run.record.packages},
         unknown=frozenset(_named(path, folder) for path in [*unkept, *missing]),
@@ -247,11 +237,14 @@ def _experiment_folder(run: Run, scripts: Iterable[Path]) -> Path:
     return next((end.parent for end in ends if end in known), Path(run.record.experiment))
 
 
-def _lines(run: Run) -> dict[str, Line]:
-    """Return the lines that set the hparams of a run, if it has kept them."""
-    record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
-    chains = record.get("provenance") or {}
-    return {key: (chain[-1]["file"], chain[-1]["line"]) for key, chain in chains.items() if chain}
+def _lines(chains: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Line]:
+    """Return what has set the hparams last."""
+    kinds = {True: ("file", "line"), False: ("source",)}
+    newest = {key: chain[-1] for key, chain in chains.items() if chain}
+    return {
+        key: {name: change[name] for name in kinds[change["file"] is not None]}
+        for key, change in newest.items()
+    }
 
 
 def _commit(run: Run) -> str:

@@ -48,6 +48,7 @@ from torch_lab.errors import (
 )
 from torch_lab.exact import STATE, ExactResume, changed_conditions
 from torch_lab.experiment import Experiment, differences
+from torch_lab.explaining import chains
 from torch_lab.files import written_whole
 from torch_lab.hparams import DevRun, Hparams
 from torch_lab.loaders import Loaders
@@ -81,6 +82,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _FAILURE = ".failure.json"
+_MOST_TOLD = 8
 """Where a process tells the one that started it what went wrong."""
 _ANY_MACHINE = {
     "accelerator": "cpu",
@@ -344,6 +346,8 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     hparams = hparams.for_dev_run(options.dev_run) if options.dev_run else hparams
     hparams = hparams.for_debug() if options.debug else hparams
     experiment = replace(experiment, hparams=hparams)
+    if not options.only_checks:  # Which says so itself.
+        _warn_of_added_keys(experiment)
     # Before the components are built: it decides on the weights that they start with.
     pl.seed_everything(hparams.seed, workers=True, verbose=False)
     with asking(options.tracking) as access:
@@ -465,6 +469,15 @@ def _is_own(source: Source | None, resumed: Run | None) -> bool:
     return source.run.record.id == resumed.record.id
 
 
+def _warn_of_added_keys(experiment: Experiment) -> None:
+    added = experiment.added_keys
+    for told in added[:_MOST_TOLD]:
+        log.warning("%s", told)
+    if added:
+        rest = f", and {len(added) - _MOST_TOLD} more" if len(added) > _MOST_TOLD else ""
+        log.warning("new(…) around a value says that its key is meant as a new one%s", rest)
+
+
 def with_loaders(
     components: TrainComponents, hparams: Hparams, position: Position, *, debug: bool
 ) -> tuple[TrainComponents, Loaders]:
@@ -501,6 +514,7 @@ def _planned(
         script=str(experiment.script),
         hparams=encoded(experiment.hparams.as_dict()),
         overrides=experiment.overrides.record() if experiment.overrides else {},
+        provenance=chains(experiment),
         seed=experiment.hparams.seed,
         commit=code.commit,
         branch=code.branch,
