@@ -208,8 +208,7 @@ def wrong_base(lab: Lab) -> Lab:
 MISTAKES = [
     "hparams.py is layered on toys/experiments/01_other/hparams.py, which is of another experiment",
     "hparams.py:6 sets config.decay to 0.0001, which it was already (toys/experiments/01_other/",
-    "hparams.py:7 adds config.warm_up, which no layer before it has; did you mean config.warmup "
-    "(toys/experiments/01_other/hparams.py:1)?",
+    "hparams.py:7 adds config.warm_up, which no layer before it has; did you mean config.warmup (",
 ]
 
 

@@ -232,7 +232,8 @@ def train(
 
 def _printed(path: Path, options: Mapping[str, Any]) -> str:
     from torch_lab.experiment import Experiment
-    from torch_lab.printing import as_python, without_secrets
+    from torch_lab.printing import as_python
+    from torch_lab.redaction import masked
     from torch_lab.runs import encoded
     from torch_lab.utils import shown
 
@@ -242,7 +243,7 @@ def _printed(path: Path, options: Mapping[str, Any]) -> str:
         experiment = Experiment.load(path, **_overrides(options))
     hparams = experiment.hparams.for_dev_run(dev_run) if dev_run else experiment.hparams
     hparams = hparams.for_debug() if options["debug"] else hparams
-    found = without_secrets(hparams.as_dict())
+    found = masked(hparams.as_dict())
     if options["as_json"]:
         return json.dumps(encoded(found))
     return f"# {shown(experiment.script)}\n{as_python(found)}"

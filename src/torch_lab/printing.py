@@ -19,32 +19,14 @@ from torch_lab.errors import TorchLabError
 from torch_lab.experiment import Experiment
 from torch_lab.overrides import parsed_words
 from torch_lab.provenance import Change, Key, spelt
-from torch_lab.redaction import MASK, is_secret, masked_text
+from torch_lab.redaction import masked
 from torch_lab.utils import shown
 
-__all__ = ["as_python", "without_secrets", "write_help"]
+__all__ = ["as_python", "write_help"]
 
 _WIDTH: Final = 100
 _LONGEST_VALUE: Final = 40
 _BRACKETS: Final[Mapping[type, tuple[str, str]]] = {list: ("[", "]"), tuple: ("(", ")")}
-
-
-def without_secrets(value: Any) -> Any:
-    """Return `value` with the strings masked that stand under names of secrets."""
-    return _masked(value, secret=False)
-
-
-def _masked(value: Any, *, secret: bool) -> Any:
-    if type(value) is dict:
-        return {
-            key: _masked(item, secret=secret or (isinstance(key, str) and is_secret(key)))
-            for key, item in value.items()
-        }
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(_masked(item, secret=secret) for item in value)
-    if type(value) is str:
-        return MASK if secret and value else masked_text(value)
-    return value
 
 
 # As Python.
@@ -195,7 +177,7 @@ def _reason(error: BaseException) -> str:
 
 def _rows(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
     """Yield each key with its value, and the line that sets it."""
-    for key, value in _leaves(without_secrets(experiment.effective.hparams), ()):
+    for key, value in _leaves(masked(experiment.effective.hparams), ()):
         changes = experiment.histories.get(key, ())
         yield spelt(key), _short(value), _place(changes[-1], experiment) if changes else ""
 

@@ -48,6 +48,9 @@ class _Deleted:
         return "DELETED"  # A copy is the same object.
 
 
+_LOAD: Final = ast.Load()
+_SIMPLE: Final = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Delete)
+"""Statements that have no others in them."""
 DELETED: Final = _Deleted()
 """What a key holds after it was removed."""
 
@@ -105,6 +108,10 @@ class _Statement:
     """Whether nothing can change but what it stores under one key."""
     is_layered: bool = False
     """Whether it calls `layer`, so that all that it adds is marked as new."""
+    place: Key = ()
+    """The global name and the keys that lead to the dictionary it writes to, if they are plain."""
+    under: Key = ()
+    """The key in that dictionary, if it is one."""
 
     def line_of(self, key: Key, written_to: Sequence[Key]) -> int:
         """Return the line that sets `key`, if this statement does."""
@@ -126,10 +133,10 @@ def instrumented(source: bytes, file: Path) -> tuple[ast.Module, list[_Statement
         SyntaxError: It is no Python.
     """
     tree = ast.parse(source, str(file))
-    statements: list[_Statement] = []
+    instrumenting = _Instrumenting()
     if binds_hparams(tree):
-        tree.body = _with_calls(tree.body, statements)
-    return tree, statements
+        tree.body = instrumenting.with_calls(tree.body, is_global=True)
+    return tree, instrumenting.statements
 
 
 def binds_hparams(tree: ast.Module) -> bool:
@@ -143,20 +150,68 @@ def binds_hparams(tree: ast.Module) -> bool:
     )
 
 
-def _with_calls(body: list[ast.stmt], statements: list[_Statement]) -> list[ast.stmt]:
-    found = []
-    for statement in body:
-        found.append(statement)
-        if isinstance(statement, ast.ClassDef):
-            continue
+class _Instrumenting:
+    """Puts a call behind each statement, and numbers the statements."""
+
+    def __init__(self) -> None:
+        self.statements: list[_Statement] = []
+
+    def with_calls(self, body: list[ast.stmt], *, is_global: bool) -> list[ast.stmt]:
+        """Return the statements of a block with calls between them.
+
+        Args:
+            body: The statements.
+            is_global: Whether their names are those of the script, not those of a function.
+        """
+        found = []
+        for statement in body:
+            found.append(statement)
+            if isinstance(statement, ast.ClassDef):
+                continue
+            if not isinstance(statement, _SIMPLE):
+                self._inside(statement, is_global=is_global)
+            if _may_change(statement):
+                found.append(self._call(statement, is_global=is_global))
+        return found
+
+    def _inside(self, statement: ast.stmt, *, is_global: bool) -> None:
+        is_global &= not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef))
         for name in ("body", "orelse", "finalbody"):
             if inner := getattr(statement, name, None):
-                setattr(statement, name, _with_calls(inner, statements))
+                setattr(statement, name, self.with_calls(inner, is_global=is_global))
         for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
-            part.body = _with_calls(part.body, statements)
-        if _may_change(statement):
-            found.append(_call(statement, statements))
-    return found
+            part.body = self.with_calls(part.body, is_global=is_global)
+
+    def _call(self, statement: ast.stmt, *, is_global: bool) -> ast.stmt:
+        written_to, spelled, is_local = _stored(statement)
+        at = {name: getattr(statement, name) for name in statement._attributes}
+        arguments: list[ast.expr] = [ast.Constant(len(self.statements), **at)]
+        place, under = _place(written_to) if is_global else ((), ())
+        if written_to is not None and not place:
+            # It is evaluated when whatever it raises is caught.
+            nothing = ast.arguments([], [], None, [], [], None, [])
+            later = ast.Lambda(nothing, ast.copy_location(written_to, statement), **at)
+            arguments.append(later)
+        is_layered = _is_layered(statement)
+        self.statements.append(
+            _Statement(statement.lineno, spelled, is_local, is_layered, place, under)
+        )
+        return ast.Expr(ast.Call(ast.Name(HOOK, _LOAD, **at), arguments, [], **at), **at)
+
+
+def _place(written_to: ast.expr | None) -> tuple[Key, Key]:
+    """Return the name and the keys of `name["key"]["key"]`, and the key that is paired with it."""
+    under: Key = ()
+    match written_to:
+        case ast.Tuple([container, ast.Constant(key)]):
+            written_to, under = container, (key,)
+    keys: list[Any] = []
+    while isinstance(written_to, ast.Subscript) and isinstance(written_to.slice, ast.Constant):
+        keys.append(written_to.slice.value)
+        written_to = written_to.value
+    if not isinstance(written_to, ast.Name):
+        return (), ()
+    return (written_to.id, *reversed(keys)), under
 
 
 def _may_change(statement: ast.stmt) -> bool:
@@ -170,22 +225,10 @@ def _may_change(statement: ast.stmt) -> bool:
     return not isinstance(statement, (*quiet, ast.FunctionDef, ast.AsyncFunctionDef))
 
 
-def _call(statement: ast.stmt, statements: list[_Statement]) -> ast.stmt:
-    written_to, spelled, is_local = _stored(statement)
-    arguments: list[ast.expr] = [ast.copy_location(ast.Constant(len(statements)), statement)]
-    if written_to is not None:
-        # It is evaluated when whatever it raises is caught.
-        nothing = ast.arguments([], [], None, [], [], None, [])
-        later = ast.Lambda(nothing, ast.copy_location(written_to, statement))
-        arguments.append(ast.copy_location(later, statement))
-    statements.append(_Statement(statement.lineno, spelled, is_local, _is_layered(statement)))
-    hook = ast.copy_location(ast.Name(HOOK, ast.Load()), statement)
-    called = ast.copy_location(ast.Call(hook, arguments, []), statement)
-    return ast.copy_location(ast.Expr(called), statement)
-
-
 def _is_layered(statement: ast.stmt) -> bool:
     """Return whether a statement calls `layer`, which refuses what no base has unless marked."""
+    if isinstance(getattr(statement, "value", None), ast.Constant):
+        return False
     return any(isinstance(node, ast.Call) and _name_of(node) == "layer" for node in _own(statement))
 
 
@@ -214,12 +257,12 @@ def _stored(statement: ast.stmt) -> tuple[ast.expr | None, dict[Key, int], bool]
             | ast.AnnAssign(target=target, value=value)
         ) if value is not None:
             if isinstance(target, ast.Name) and target.id == NAME:
-                return ast.Name(NAME, ast.Load()), key_lines(value), False
+                return ast.Name(NAME, _LOAD), key_lines(value), False
             return _under_key(target, value)
         case ast.AugAssign(target=ast.Subscript() as target, value=value):
             return _under_key(target, value)
         case ast.AugAssign(target=ast.Name(name), op=ast.BitOr(), value=value):
-            return ast.Name(name, ast.Load()), key_lines(value), False
+            return ast.Name(name, _LOAD), key_lines(value), False
         case ast.Expr(ast.Call(ast.Attribute(written_to, "update"), arguments, keywords)):
             spelled = {key: line for each in arguments for key, line in key_lines(each).items()}
             spelled |= _of_keywords(keywords)
@@ -232,7 +275,7 @@ def _under_key(target: ast.expr, value: ast.expr) -> tuple[ast.expr | None, dict
     if not isinstance(target, ast.Subscript) or not _is_pure(target):
         return None, key_lines(value), False
     # The key's value is known when the statement has run: the pair stands for the place.
-    place = ast.Tuple([target.value, target.slice], ast.Load())
+    place = ast.Tuple([target.value, target.slice], _LOAD)
     acts = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
     is_local = _is_pure(value) or not any(isinstance(node, acts) for node in ast.walk(value))
     return place, key_lines(value), is_local
@@ -433,7 +476,7 @@ class Recorder:
         if self._has_ended or type(hparams) is not dict:
             return
         statement = self._statements[number]
-        container, *under = _target(written_to)
+        container, *under = self._target(statement, written_to)
         is_local = statement.is_local and hparams is self._seen.value
         places = list(self._seen.places_of(container)) if under and container is not None else []
         if is_local and places and all(type(seen.value) is dict for _, seen in places):
@@ -448,6 +491,21 @@ class Recorder:
         # A list is a value: what is written into it is written to all of it.
         written = [path if type(seen.value) is list else (*path, *under) for path, seen in places]
         self._note(changes, statement, written, bool(under))
+
+    def _target(
+        self, statement: _Statement, written_to: Callable[[], Any] | None
+    ) -> tuple[Any, ...]:
+        """Return what a statement has written to, and the key in it, if they can be told."""
+        try:
+            if statement.place:
+                container: Any = self._namespace
+                for part in statement.place:
+                    container = container[part]
+                return container, *statement.under
+            found = written_to() if written_to else None
+        except Exception:  # What it wrote to is gone again.
+            return (None,)
+        return found if isinstance(found, tuple) else (found,)
 
     def end(self) -> None:
         """Follow the script no more: functions of it may still be called."""
@@ -541,14 +599,6 @@ class Recorder:
 
 def _bare(value: Any) -> Any:
     return _bare(value.value) if isinstance(value, New) else value
-
-
-def _target(written_to: Callable[[], Any] | None) -> tuple[Any, ...]:
-    try:
-        found = written_to() if written_to else None
-    except Exception:  # What it wrote to is gone again.
-        return (None,)
-    return found if isinstance(found, tuple) else (found,)
 
 
 def is_same(one: Any, other: Any) -> bool:

@@ -107,10 +107,11 @@ def secrets_around() -> list[str]:
 
 
 def masked(value: Any) -> Any:
-    """Return a value as JSON has it, with its secrets masked: the strings under secret keys.
+    """Return a value with its secrets masked: the strings under secret keys.
 
     Args:
-        value: Of dictionaries, lists, strings and numbers; or what `runs.encoded` returned.
+        value: Of dictionaries, lists, sets, strings and anything else; or what `runs.encoded`
+            returned.
     """
     return _masked(value, secret=False)
 
@@ -123,8 +124,8 @@ def masked_at(key: Sequence[object], value: Any) -> Any:
 def _masked(value: Any, *, secret: bool) -> Any:
     if isinstance(value, str):
         return MASK if secret and value else masked_text(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_masked(item, secret=secret) for item in value])
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(_masked(item, secret=secret) for item in value)
     if not isinstance(value, dict):
         return value
     if "__type__" in value:
