@@ -137,7 +137,7 @@ STANDS_FOR = {
     "meta": "item.meta",
 }
 """Names in `exact.py`, as which the same thing is found from those of `known`."""
-OURS = ("self", "cls", "super()", "os", "feed", "dictionary", "each", "reads")
+OURS = ("self", "cls", "super()", "os", "sys", "feed", "dictionary", "each", "reads")
 """What is looked at elsewhere, and what is of Python or ours."""
 IN_STRINGS = (
     "trainer.fit_loop.epoch_loop.advance",

@@ -246,6 +246,7 @@ def test_config_gets_the_whole_dictionary_with_its_defaults(lab: Lab) -> None:
         "config": {},
         "seed": 0,
         "loader_timeout": 600.0,
+        "strict": False,
     }
     assert "after 2 epochs" in result.err
 

@@ -49,6 +49,7 @@ class _Deleted:
 
 
 _LOAD: Final = ast.Load()
+_POSITION: Final = ("lineno", "col_offset", "end_lineno", "end_col_offset")
 _SIMPLE: Final = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Delete)
 """Statements that have no others in them."""
 DELETED: Final = _Deleted()
@@ -184,7 +185,7 @@ class _Instrumenting:
 
     def _call(self, statement: ast.stmt, *, is_global: bool) -> ast.stmt:
         written_to, spelled, is_local = _stored(statement)
-        at = {name: getattr(statement, name) for name in statement._attributes}
+        at = {name: getattr(statement, name) for name in _POSITION}
         arguments: list[ast.expr] = [ast.Constant(len(self.statements), **at)]
         place, under = _place(written_to) if is_global else ((), ())
         if written_to is not None and not place:

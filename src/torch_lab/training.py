@@ -342,11 +342,9 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     Raises:
         UserError: A script, the hparams, the components or the checkpoint are wrong.
     """
+    experiment = _with_options(experiment, options)
     hparams = experiment.hparams
-    hparams = hparams.for_dev_run(options.dev_run) if options.dev_run else hparams
-    hparams = hparams.for_debug() if options.debug else hparams
-    experiment = replace(experiment, hparams=hparams)
-    if not options.only_checks:  # Which says so itself.
+    if not options.only_checks:  # A check says so itself.
         _warn_of_added_keys(experiment)
     # Before the components are built: it decides on the weights that they start with.
     pl.seed_everything(hparams.seed, workers=True, verbose=False)
@@ -467,6 +465,14 @@ def _is_own(source: Source | None, resumed: Run | None) -> bool:
     if source is None or source.run is None or resumed is None:
         return False
     return source.run.record.id == resumed.record.id
+
+
+def _with_options(experiment: Experiment, options: Options) -> Experiment:
+    """Return the experiment with the hparams of a dev run, or those for debugging, if asked for."""
+    hparams = experiment.hparams
+    hparams = hparams.for_dev_run(options.dev_run) if options.dev_run else hparams
+    hparams = hparams.for_debug() if options.debug else hparams
+    return replace(experiment, hparams=hparams)
 
 
 def _warn_of_added_keys(experiment: Experiment) -> None:
