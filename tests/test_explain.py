@@ -39,6 +39,8 @@ LAYERS = {
     "base": """
         \"\"\"The base.\"\"\"
 
+        from torch_lab.utils import ref
+
         hparams = {
             "seed": 3,  # seed
             "trainer": {"init": {"max_epochs": 30}},  # epochs
@@ -51,6 +53,8 @@ LAYERS = {
                     "factor": 0.1,  # factor
                 },
                 "name": "base",  # name
+                "folder": ref("runs/{config.name}-{config.lr}"),  # folder
+                "rest": ref("trainer.init.max_epochs"),  # rest
                 "parts": [{"dim": 2}, {"dim": 3}],  # parts
             },
         }
@@ -100,6 +104,8 @@ CHAINS: dict[str, list[tuple[str, Any]]] = {
     "config.warmup.steps": [("hparams", DELETED), ("base", 500)],
     "config.warmup.factor": [("longer", DELETED), ("base", 0.1)],
     "config.name": [("longer", "longer-90"), ("base", "base")],
+    "config.folder": [("base", "runs/longer-90-0.3")],
+    "config.rest": [("base", 90)],
     "config.parts": [("hparams", [{"dim": 2}, {"dim": 5}]), ("base", [{"dim": 2}, {"dim": 3}])],
     "config.decay": [("hparams", 1e-4)],
 }
@@ -121,7 +127,7 @@ def place_of(lab: Lab, name: str, mark: str) -> tuple[str, int]:
 
 @pytest.mark.parametrize("key", CHAINS)
 def test_each_value_of_three_layers_has_its_files_and_lines(layered: Lab, key: str) -> None:
-    """Computed, appended, deleted and overridden ones, the newest first."""
+    """Computed, appended, deleted, overridden and interpolated ones, the newest first."""
     result = explain(layered, layered.path, key, "--json")
     (found,) = json.loads(result.out)["keys"]
     mark = key.rpartition(".")[2].removeprefix("max_")
@@ -131,12 +137,14 @@ def test_each_value_of_three_layers_has_its_files_and_lines(layered: Lab, key: s
 
 
 def test_all_that_there_is_is_explained(layered: Lab) -> None:
-    """Without keys every value that holds is named, once, with the line that holds marked."""
+    """Without keys every value is named, once, with the line that holds marked."""
     result = explain(layered, layered.path)
-    there = [key for key, chain in CHAINS.items() if chain[0][1] is not DELETED]
     lines = result.out.splitlines()
-    assert sorted(line.split()[0] for line in lines if line[0] not in "> ") == sorted(there)
-    assert sum(line.startswith("> ") for line in lines) == len(there)
+    named = [line.split() for line in lines if line[0] not in "> "]
+    assert sorted(name for name, *_ in named) == sorted(CHAINS)
+    gone = [key for key, chain in CHAINS.items() if chain[0][1] is DELETED]
+    assert sorted(name for name, *_ in named[-len(gone) :]) == sorted(gone)
+    assert sum(line.startswith("> ") for line in lines) == len(CHAINS)
     file, line = place_of(layered, "hparams", "lr")
     at = lines.index(next(line for line in lines if line.startswith("config.lr ")))
     assert lines[at + 1].split() == [">", f"{Path(file).relative_to(layered.root)}:{line}", "0.3"]

@@ -378,7 +378,7 @@ def test_a_dictionary_that_is_removed_is_gone_with_all_its_keys(base: Lab) -> No
 
 
 def test_what_is_marked_as_new_is_told_from_what_only_is(base: Lab) -> None:
-    """In calls of `layer` and in assignments."""
+    """In calls of `layer` and in assignments; all is new in a script that stands on none."""
     path = top(
         base,
         """
@@ -389,7 +389,7 @@ def test_what_is_marked_as_new_is_told_from_what_only_is(base: Lab) -> None:
     )
     histories = Experiment.load(path).histories
     found = {spelt(key): changes[-1].is_new for key, changes in histories.items()}
-    expected = {"gamma": True, "marked.a": True, "unmarked": False, "warmup": False, "name": False}
+    expected = {"gamma": True, "marked.a": True, "unmarked": False, "warmup": False, "name": True}
     assert {key: found[f"config.{key}"] for key in expected} == expected
 
 

@@ -132,7 +132,7 @@ def test_keys_can_be_removed_and_a_wrong_one_is_refused(lab: Lab) -> None:
     lab.hparams("hparams", {"config": {"lr": 0.1, "warmup": 3}})
     found = torch_lab.load(lab.path, unset=["config.warmup"])
     assert found.hparams["config"] == {"lr": 0.1}
-    assert repr(found).endswith("hparams.py', unset=('config.warmup',))")
+    assert repr(found).endswith("hparams.py', unset=['config.warmup'])")
     with pytest.raises(HparamsError, match=r"did you mean config\.lr"):
         torch_lab.load(lab.path, set={"config.rl": 1.0})
 

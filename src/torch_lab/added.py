@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch_lab.layering import did_you_mean_key, shown_change
 from torch_lab.provenance import DELETED, Histories, spelt
-from torch_lab.scripts import Layer
 
 __all__ = ["added_keys"]
 
 
-def added_keys(layers: Sequence[Layer], histories: Histories) -> list[str]:
+def added_keys(histories: Histories) -> list[str]:
     """Return a sentence for each of them, but those that are marked as `new`.
 
     The names in the other sections are known, and checked when the hparams are read.
 
     Args:
-        layers: The scripts of which each stands on those before it.
         histories: What has set each value.
     """
-    base = next((layer.path for layer in layers if layer.recorder.histories), None)
     return [
         f"{shown_change(changes[0])} adds {spelt(key)}, which no layer before it has"
         f"{did_you_mean_key(key, _of_others(key, histories), histories)}"
         for key, changes in histories.items()
         if key[0] == "config" and len(key) > 1
-        if changes[0].file not in (base, None) and not changes[0].is_new
+        if changes[0].file is not None and not changes[0].is_new
         if changes[-1].value is not DELETED
     ]
 

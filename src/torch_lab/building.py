@@ -27,10 +27,17 @@ __all__ = ["built"]
 log = logging.getLogger(__name__)
 
 
-def built(experiment: Experiment) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
+def built(
+    experiment: Experiment, *, tracking: str, trust: bool
+) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
     """Return the trainer, the module and the data of `experiment`, for `trainer.fit(module, data)`.
 
     They train as a run does, to the same bits; but nothing is written, logged or tracked.
+
+    Args:
+        experiment: The experiment.
+        tracking: `auto` to ask ClearML, if it is there, for what is not here; `offline` not to.
+        trust: Read a checkpoint that holds code.
 
     Raises:
         UserError: The config script, the components or the checkpoint are wrong.
@@ -38,9 +45,9 @@ def built(experiment: Experiment) -> tuple[pl.Trainer, pl.LightningModule, pl.Li
     hparams = experiment.hparams
     # Before the components are built, as in a run: it decides on the weights that they start with.
     pl.seed_everything(hparams.seed, workers=True, verbose=False)
-    with asking("auto"):
+    with asking(tracking):
         components = experiment.train_components()
-        _load_weights(components.module, hparams)
+        _load_weights(components.module, hparams, trust=trust)
     position = Position(hparams.seed)
     components, loaders = with_loaders(components, hparams, position, debug=False)
     callbacks = [
@@ -55,9 +62,9 @@ def built(experiment: Experiment) -> tuple[pl.Trainer, pl.LightningModule, pl.Li
     return trainer, components.module, _data(components)
 
 
-def _load_weights(module: pl.LightningModule, hparams: Hparams) -> None:
+def _load_weights(module: pl.LightningModule, hparams: Hparams, *, trust: bool) -> None:
     """Load the weights of the checkpoint that the hparams name, if they name one."""
-    source = source_of(hparams, in_full=not hparams.checkpoint.weights_only)
+    source = source_of(hparams, trust=trust, in_full=not hparams.checkpoint.weights_only)
     if source is None:
         return
     load_source(module, source, hparams.checkpoint, script=hparams.path)

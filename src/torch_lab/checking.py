@@ -242,6 +242,7 @@ def _report(
     with imported_afresh(project_root(path.resolve())), findings.until_the_end():
         with findings.step("scripts", keys=HparamsError):
             experiment = load(path)
+            experiment.check_added_keys()
         layers += [layer.path for layer in experiment.layers]
         findings.ok("scripts", " > ".join(layer.name for layer in layers))
         _note_keys(experiment, findings)

@@ -11,11 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
 from torch_lab.errors import ExitCode, Interrupted, TorchLabError, UserError
+from torch_lab.places import make_importable
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -219,6 +220,7 @@ def train(
     Each run is recorded in a folder of its own, data/artifacts/EXPERIMENT-HPARAMS-vN.
     """
     with _failures(options["debug"]):
+        _check_options({**options, "queue": queue, "print": prints})
         if prints:
             for path in paths:
                 click.echo(_printed(path, options))
@@ -241,9 +243,7 @@ def _printed(path: Path, options: Mapping[str, Any]) -> str:
     # What a script prints itself is not what was asked for.
     with contextlib.redirect_stdout(sys.stderr):
         experiment = Experiment.load(path, **_overrides(options))
-    hparams = experiment.hparams.for_dev_run(dev_run) if dev_run else experiment.hparams
-    hparams = hparams.for_debug() if options["debug"] else hparams
-    found = masked(hparams.as_dict())
+    found = masked(experiment.hparams.as_used(dev_run, debug=options["debug"]).as_dict())
     if options["as_json"]:
         return json.dumps(encoded(found))
     return f"# {shown(experiment.script)}\n{as_python(found)}"
@@ -255,6 +255,16 @@ def _dev_run(options: Mapping[str, Any]) -> DevRun | None:
     return DevRun.parse(options["dev_run"]) if options["dev_run"] is not None else None
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other, whatever the paths are."""
+    if options["not_exact"] and options["resume"] is None:
+        raise UserError("--not-exact is for --resume: a new run has nothing to differ from")
+    pairs = [("offline", "online"), ("print", "resume"), ("print", "queue")]
+    for one, other in pairs:
+        if all(options[name] not in (None, False) for name in (one, other)):
+            raise UserError(f"--{one} and --{other} contradict each other")
+
+
 def _train_one(path: Path, options: Mapping[str, Any]) -> None:
     from torch_lab.experiment import Experiment
     from torch_lab.hparams import check_goes_with_dev_run
@@ -263,11 +273,8 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
     dev_run = _dev_run(options)
     if dev_run is not None:
         check_goes_with_dev_run(resumes=options["resume"] is not None, online=options["online"])
-    if options["not_exact"] and options["resume"] is None:
-        raise UserError("--not-exact is for --resume: a new run has nothing to differ from")
-    if options["offline"] and options["online"]:
-        raise UserError("--offline and --online contradict each other")
     experiment = Experiment.load(path, **_overrides(options))
+    experiment.check_added_keys()
     from torch_lab.runner import train as train_experiment
 
     train_experiment(
@@ -697,6 +704,8 @@ def _failures(debug: bool) -> Iterator[None]:
                 stop.answer()
                 raise
     except (Exception, Interrupted) as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            raise click.exceptions.Exit(int(ExitCode.CODE_FAILED)) from error
         from torch_lab.console import rendered
         from torch_lab.processes import has_left
 
@@ -712,6 +721,16 @@ def _failures(debug: bool) -> Iterator[None]:
             _post_mortem(error)
         code = getattr(error, "exit_code", ExitCode.CODE_FAILED) if ours else ExitCode.CODE_FAILED
         raise click.exceptions.Exit(int(code)) from error
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Return whether who read a stream has had enough, as `head` has; then let it lead nowhere."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
 
 
 def _post_mortem(error: BaseException) -> None:
@@ -730,10 +749,8 @@ def main(command: click.Command, program: str, arguments: Sequence[str] | None =
         program: The name that the user typed.
         arguments: What followed the name; those of the process if not given.
     """
-    # As for `python -m`: packages in the working directory, or in its `src`, can be imported by the
-    # scripts. At the end, so that nothing there hides what is installed.
-    here = Path.cwd()
-    sys.path.extend(str(folder) for folder in (here, here / "src") if str(folder) not in sys.path)
+    # As for `python -m`.
+    make_importable(Path.cwd())
     if f"_{program.replace('-', '_')}_complete".upper() in os.environ:
         from torch_lab.completion import prepare
 

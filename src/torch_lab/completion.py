@@ -23,7 +23,7 @@ from click.shell_completion import (
 )
 
 from torch_lab.errors import UserError, did_you_mean
-from torch_lab.places import artifacts_folder, project_of
+from torch_lab.places import CONFIG_SCRIPT, VERSION, artifacts_folder, project_of, unversioned
 
 if TYPE_CHECKING:
     # Only newer versions of click can be asked for what is in it.
@@ -42,13 +42,11 @@ __all__ = [
     "shells",
 ]
 
-_CONFIG_SCRIPT: Final = "__main__.py"
 _CONFIG_FUNCTION: Final = re.compile(rb"\b(train|infer)_config\b")
 _HPARAMS: Final = re.compile(rb"^\s*hparams\b|^\s*from\b.*\bhparams\b", re.MULTILINE)
 _NO_PROJECT: Final = {"__pycache__", "node_modules"}
 _MOST_ENTRIES: Final = 1000
 """How many names are looked at to see whether a folder leads to a script."""
-_VERSION: Final = re.compile(r"-v(\d+)$")
 _PROGRAMS: Final = "train infer torch-lab"
 
 
@@ -90,8 +88,8 @@ def runs(context: click.Context, incomplete: str) -> list[Item]:
 def names(context: click.Context, incomplete: str) -> list[Item]:
     """Return the runs whose name begins so, without their versions and with them."""
     found = _run_names([])
-    unversioned = dict.fromkeys(_VERSION.sub("", name) for name in found)
-    return [CompletionItem(name) for name in [*unversioned, *found] if name.startswith(incomplete)]
+    bare = dict.fromkeys(map(unversioned, found))
+    return [CompletionItem(name) for name in [*bare, *found] if name.startswith(incomplete)]
 
 
 def comparable(context: click.Context, incomplete: str) -> list[Item]:
@@ -155,7 +153,7 @@ def _may_have_more(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_experiment(entries: Sequence[os.DirEntry[str]]) -> bool:
-    config = next((entry for entry in entries if entry.name == _CONFIG_SCRIPT), None)
+    config = next((entry for entry in entries if entry.name == CONFIG_SCRIPT), None)
     return (
         config is not None
         and any(map(_may_be_hparams, entries))
@@ -191,14 +189,14 @@ def _scripts_of(context: click.Context) -> list[Path]:
 def _run_names(given: Sequence[Path]) -> list[str]:
     """Return the names of the project's runs, of one name the newest first."""
     artifacts = artifacts_folder(project_of(given[0] if given else Path.cwd()))
-    found = [entry.name for entry in _listed(artifacts) if _VERSION.search(entry.name)]
+    found = [entry.name for entry in _listed(artifacts) if VERSION.search(entry.name)]
     return sorted(found, key=_by_version)
 
 
 def _by_version(name: str) -> tuple[str, int]:
-    version = _VERSION.search(name)
+    version = VERSION.search(name)
     assert version is not None
-    return _VERSION.sub("", name), -int(version[1])
+    return unversioned(name), -int(version[1])
 
 
 # What passes between the shells and us. Each completion is a line: its kind, itself, and what it is
@@ -386,30 +384,33 @@ def install(shell: str, variables: Mapping[str, str] = os.environ) -> list[str]:
     """
     name = shell or Path(variables.get("SHELL", "")).name
     if name not in _SCRIPTS:
+        what = f"there is no completion for the shell {name!r}{did_you_mean(name, _SCRIPTS)}"
         raise UserError(
-            f"there is no completion for the shell {name!r}{did_you_mean(name, _SCRIPTS)}",
+            what if name else "the environment has no SHELL, which would name yours",
             f"name one: torch-lab --install-completion {'|'.join(_SCRIPTS)}",
         )
     try:
-        return list(_installed(name, _Places(variables)))
+        return _installed(name, _Places(variables))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
 
 
-def _installed(shell: str, places: _Places) -> Iterator[str]:
+def _installed(shell: str, places: _Places) -> list[str]:
+    """Write what is to be written, and return what was done."""
     file, start = places.script(shell), places.start(shell)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(_script_for(shell), encoding="utf-8")
-    yield f"wrote {file}"
+    done = [f"wrote {file}"]
     if start is not None:
         line = f"source {shlex.quote(str(file))}  # completion of torch-lab"
-        text = start.read_text(encoding="utf-8") if start.is_file() else ""
+        # It is only searched, and may be in any encoding.
+        text = start.read_text(encoding="latin-1") if start.is_file() else ""
         if line not in text.splitlines():
             begin = "" if not text or text.endswith("\n") else "\n"
             with start.open("a", encoding="utf-8") as end:
                 end.write(f"{begin}{line}\n")
-            yield f"added a line to {start}"
-    yield f"start a new {shell}, or: source {shlex.quote(str(file))}"
+            done.append(f"added a line to {start}")
+    return [*done, f"start a new {shell}, or: source {shlex.quote(str(file))}"]
 
 
 class _Places:

@@ -20,6 +20,7 @@ from torch_lab.hparams import Hparams
 from torch_lab.imports import imported_files
 from torch_lab.layering import cleared, shown_change
 from torch_lab.overrides import Effective, Overrides, effective, resolved
+from torch_lab.places import CONFIG_SCRIPT, make_importable
 from torch_lab.provenance import Histories, Key, spelt
 from torch_lab.redaction import masked
 from torch_lab.runs import project_root
@@ -39,7 +40,6 @@ __all__ = ["Difference", "Experiment", "differences"]
 
 log = logging.getLogger(__name__)
 
-_CONFIG_SCRIPT = "__main__.py"
 _STRUCTURE = "config_structure"
 _READ_BY_US = frozenset({"monitor", "monitor_mode"})
 
@@ -114,10 +114,10 @@ class Experiment:
 
         Raises:
             ScriptError: It is missing, does not compile, or has no config script beside it.
-            HparamsError: It holds no `hparams`, or wrong ones, or what is set does not fit; or they
-                are strict, and a layer has a key that is not in its base.
+            HparamsError: It holds no `hparams`, or wrong ones, or what is set does not fit.
         """
         script = _hparams_script(Path(path).expanduser())
+        make_importable(project_root(script))
         module = import_script_as_module(script)
         if not hasattr(module, "hparams"):
             raise HparamsError(f"{shown(script)} defines no hparams", _names_in(module))
@@ -132,10 +132,7 @@ class Experiment:
             defaults=_defaults(script),
         )
         hparams = Hparams.parse(found.hparams, script, project_name)
-        experiment = cls(script, hparams, layers, found, overrides, generation_of(module))
-        if hparams.strict and (added := experiment.added_keys):
-            raise HparamsError("; ".join(added), "new(…) around a value marks a key as one")
-        return experiment
+        return cls(script, hparams, layers, found, overrides, generation_of(module))
 
     @property
     def histories(self) -> Histories:
@@ -165,7 +162,7 @@ class Experiment:
     @property
     def config_script(self) -> Path:
         """The config script."""
-        return self.folder / _CONFIG_SCRIPT
+        return self.folder / CONFIG_SCRIPT
 
     @property
     def scripts(self) -> tuple[Path, ...]:
@@ -175,15 +172,29 @@ class Experiment:
         return tuple(dict.fromkeys([*scripts, *imported_files(scripts, self.folder, self.root)]))
 
     @property
+    def base(self) -> Layer:
+        """The first script with hparams: the others stand on it."""
+        return next(layer for layer in self.layers if isinstance(layer.hparams, dict))
+
+    @property
     def added_keys(self) -> list[str]:
         """What layers add to `config` that may be misspelt, a sentence each."""
-        return added_keys(self.layers, self.histories)
+        return added_keys(self.histories)
+
+    def check_added_keys(self) -> None:
+        """Refuse what layers add without saying so, if the hparams are strict.
+
+        Raises:
+            HparamsError: There are such keys.
+        """
+        if self.hparams.strict and (added := self.added_keys):
+            raise HparamsError(
+                "\n".join(added), "new(…) around its value says that a key is meant to be new"
+            )
 
     def differences(self) -> list[Difference]:
         """Return in what the hparams differ from those of the base layer."""
-        first = self.layers[0].hparams
-        base = masked(self._alone(first)) if isinstance(first, dict) else {}
-        return differences(base, masked(self.effective.hparams))
+        return differences(masked(self._alone(self.base.hparams)), masked(self.effective.hparams))
 
     def _alone(self, hparams: dict[str, Any]) -> dict[str, Any]:
         """Return the hparams of a layer as they are without those above it."""
@@ -205,7 +216,7 @@ class Experiment:
             ComponentsError: It has no `train_config`, or that takes something else than hparams.
         """
         module = self._config_module()
-        self._check_arguments(self._function_in(module, "train_config"), ())
+        self._function_in(module, "train_config", ())
         return hasattr(module, _STRUCTURE)
 
     def train_components(self) -> TrainComponents:
@@ -216,12 +227,11 @@ class Experiment:
             HparamsError: There are keys in `config` that it has not read, and hparams are strict.
             ComponentsError: It has no `train_config`, or that returned something else.
         """
-        function = self._function_in(self._config_module(), "train_config")
-        self._check_arguments(function, ())
+        function = self._function_in(self._config_module(), "train_config", ())
         given = self.hparams.as_dict()
         given["config"], reads = tracked(given["config"])
         with running(self.config_script, self.generation):
-            returned = _called(function, given)
+            returned = self._called(function, given)
         del given  # Whoever holds it still may read it later; we do not.
         if unread := self._set_by_scripts(reads.forgotten()):
             self._tell_of_unread(unread)
@@ -236,13 +246,12 @@ class Experiment:
             ComponentsError: It has no `infer_config`, that takes other arguments, or it returned
                 something else than components.
         """
-        function = self._function_in(self._config_module(), "infer_config")
-        self._check_arguments(function, arguments)
+        function = self._function_in(self._config_module(), "infer_config", arguments)
         with running(self.config_script, self.generation):
-            returned = _called(function, self.hparams.as_dict(), *arguments)
+            returned = self._called(function, self.hparams.as_dict(), *arguments)
         return InferComponents.parse(returned, f"{shown(self.config_script)}: infer_config")
 
-    def check_structure(self, module: ModuleType) -> None:
+    def _check_structure(self, module: ModuleType) -> None:
         """Check that `config` is as the config script says, if it does.
 
         Args:
@@ -288,10 +297,13 @@ class Experiment:
         """Return the config script, after `config` was checked by it."""
         with of_generation(self.generation):
             module = import_script_as_module(self.config_script)
-        self.check_structure(module)
+        self._check_structure(module)
         return module
 
-    def _function_in(self, module: ModuleType, name: str) -> Callable[..., object]:
+    def _function_in(
+        self, module: ModuleType, name: str, arguments: Sequence[str]
+    ) -> Callable[..., object]:
+        """Return a function of the config script that takes the hparams and `arguments`."""
         where = shown(self.config_script)
         if not hasattr(module, name):
             others = set(_own_names(module)) - {"train_config", "infer_config"}
@@ -300,17 +312,27 @@ class Experiment:
         function: object = getattr(module, name)
         if not callable(function):
             raise ComponentsError(f"{where}: {name} is no function: {function!r}")
-        return function
-
-    def _check_arguments(self, function: Callable[..., object], arguments: Sequence[str]) -> None:
         signature = inspect.signature(function)
         try:
             signature.bind({}, *arguments)
         except TypeError as error:
             raise ComponentsError(
-                f"{shown(self.config_script)}: {function.__name__}{_bare(signature)}: {error}",
+                f"{where}: {name}{_bare(signature)}: {error}",
                 f"given after the hparams: {' '.join(arguments) or 'nothing'}",
             ) from None
+        return function
+
+    def _called(self, function: Callable[..., object], *arguments: object) -> object:
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            # torch refuses to shuffle nothing, far from the line that made the loader.
+            if "num_samples=0" not in str(error):
+                raise
+            code = getattr(function, "__code__", None)
+            file = code.co_filename if code else str(self.config_script)
+            place = _last_place(error.__traceback__, file)
+            raise ComponentsError(f"{place}: the dataset is empty") from None
 
 
 def _bare(signature: inspect.Signature) -> inspect.Signature:
@@ -332,13 +354,13 @@ def _hparams_script(path: Path) -> Path:
         raise ScriptError(f"{path} is a directory; {held}")
     if not path.is_file():
         raise ScriptError(f"{path}: no such file{_nearest(path)}")
-    if path.name == _CONFIG_SCRIPT:
+    if path.name == CONFIG_SCRIPT:
         raise ScriptError(f"{path} is the config script; give an hparams script beside it")
     if path.suffix != ".py":
         raise ScriptError(f"{path} is not a Python script")
     script = path.resolve()
-    if not (script.parent / _CONFIG_SCRIPT).is_file():
-        raise ScriptError(f"{shown(script.parent)} has no {_CONFIG_SCRIPT} beside {path.name}")
+    if not (script.parent / CONFIG_SCRIPT).is_file():
+        raise ScriptError(f"{shown(script.parent)} has no {CONFIG_SCRIPT} beside {path.name}")
     return script
 
 
@@ -376,22 +398,9 @@ def _names_in(module: ModuleType) -> str:
     return f"it has: {', '.join(_own_names(module)) or 'nothing'}"
 
 
-def _called(function: Callable[..., object], *arguments: object) -> object:
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        # torch refuses to shuffle nothing, far from the line that made the loader.
-        if "num_samples=0" not in str(error):
-            raise
-        raise ComponentsError(
-            f"{_line_of(error.__traceback__, function)}: the dataset is empty"
-        ) from None
-
-
-def _line_of(traceback: TracebackType | None, function: Callable[..., object]) -> str:
-    """Return the last place in the file of `function` that a traceback passes."""
-    file = inspect.getsourcefile(function) or ""
-    place = file
+def _last_place(traceback: TracebackType | None, file: str) -> str:
+    """Return the last line of `file` that a traceback passes."""
+    place = shown(Path(file))
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == file:
             place = f"{shown(Path(file))}:{traceback.tb_lineno}"

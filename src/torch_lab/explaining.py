@@ -2,7 +2,7 @@
 
 ```
 config.learning_rate  0.0003
-  decrease_lr.py:16   0.0003
+> decrease_lr.py:16   0.0003
   hparams.py:7        0.1
 ```
 """
@@ -10,17 +10,16 @@ config.learning_rate  0.0003
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch_lab.errors import HparamsError
 from torch_lab.experiment import Experiment
-from torch_lab.layering import shown_change
-from torch_lab.provenance import DELETED, Change, Key, is_same, spelt
-from torch_lab.redaction import masked_at
+from torch_lab.layering import did_you_mean_key, parsed_key, shown_change
+from torch_lab.provenance import DELETED, Change, Key, is_same, leaves, spelt
+from torch_lab.redaction import masked, masked_at, secrets_in
 from torch_lab.runs import path_in_sources
-from torch_lab.suggestions import nearest_key
 from torch_lab.utils import shown
 
 __all__ = ["Explained", "chains", "explained", "explained_rows", "layer_warnings"]
@@ -69,9 +68,9 @@ def chains(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
         file = change.file and path_in_sources(change.file, experiment.root)
         return replace(change, file=file)
 
-    every = (_explained(key, changes) for key, changes in experiment.histories.items())
     return {
-        each.name: [_recorded(below(change)) for change in reversed(each.changes)] for each in every
+        each.name: [_recorded(below(change)) for change in reversed(each.changes)]
+        for each in _every(experiment)
     }
 
 
@@ -80,37 +79,53 @@ def explained(experiment: Experiment, wanted: Iterable[str] = ()) -> list[Explai
 
     Args:
         experiment: The experiment.
-        wanted: Dotted keys, also of whole sections and of what was removed; without any, all
-            values that there are.
+        wanted: Dotted keys, also of whole sections, of what was removed, and of what has a default
+            alone; without any, all values that scripts have set, and after them what was removed.
 
     Raises:
         HparamsError: There is no such key, and never was.
     """
-    every = [_explained(key, changes) for key, changes in experiment.histories.items()]
-    found = [each for each in every if each.changes[0].value is not DELETED]
+    every = list(_every(experiment))
     if not (names := list(wanted)):
-        return found
-    below = {name: [each for each in every if _is_below(each.name, name)] for name in names}
-    for name, each in below.items():
-        if not each:
-            near = nearest_key(name, [known.name for known in every])
-            raise HparamsError(
-                f"{shown(experiment.script)} has no {name}"
-                + (f"; did you mean {near}?" if near else "")
-            )
-    return [each for found in below.values() for each in found]
+        return sorted(every, key=lambda each: each.changes[0].value is DELETED)
+    defaults = list(_defaults(experiment))
+    found: dict[Key, Explained] = {}
+    for name in names:
+        key = parsed_key(name) or (name,)
+        those = [each for each in every if _belongs(each.key, key)]
+        those = those or [each for each in defaults if _belongs(each.key, key)]
+        if not those:
+            known = [each.key for each in [*every, *defaults]]
+            near = did_you_mean_key(key, known, experiment.histories)
+            raise HparamsError(f"{shown(experiment.script)} has no {name}{near}")
+        found |= {each.key: each for each in those}
+    return list(found.values())
 
 
-def _explained(key: Key, changes: Iterable[Change]) -> Explained:
-    def plain(value: Any) -> Any:
-        return value if value is DELETED else masked_at(key, value)
+def _every(experiment: Experiment) -> Iterator[Explained]:
+    secrets = secrets_in(experiment.effective.hparams)
 
-    newest_first = reversed(tuple(changes))
-    return Explained(key, tuple(replace(each, value=plain(each.value)) for each in newest_first))
+    def plain(key: Key, value: Any) -> Any:
+        return value if value is DELETED else masked_at(key, value, secrets)
+
+    for key, changes in experiment.histories.items():
+        newest_first = reversed(changes)
+        yield Explained(
+            key, tuple(replace(each, value=plain(key, each.value)) for each in newest_first)
+        )
 
 
-def _is_below(name: str, section: str) -> bool:
-    return name == section or name.startswith((f"{section}.", f"{section}["))
+def _defaults(experiment: Experiment) -> Iterator[Explained]:
+    """Yield the values that no script has set."""
+    for key, value in leaves(masked(experiment.hparams.as_dict())):
+        if key not in experiment.histories:
+            yield Explained(key, (Change(None, 0, value, source="the default"),))
+
+
+def _belongs(key: Key, wanted: Key) -> bool:
+    """Return whether a value is at or below a key, or the list that it leads into."""
+    leads_into_it = len(key) < len(wanted) and isinstance(wanted[len(key)], int)
+    return key[: len(wanted)] == wanted or (leads_into_it and wanted[: len(key)] == key)
 
 
 def explained_rows(found: Iterable[Explained]) -> Iterator[tuple[str, str]]:
@@ -136,15 +151,16 @@ def layer_warnings(experiment: Experiment) -> Iterator[str]:
                 f"{shown(experiment.script)} is layered on {shown(layer.path)}, which is of "
                 f"another experiment, {layer.path.parent.name}"
             )
+    secrets = secrets_in(experiment.effective.hparams)
     for key, changes in experiment.histories.items():
-        yield from _set_in_vain(key, changes)
+        yield from _set_in_vain(key, changes, secrets)
     yield from experiment.added_keys
 
 
-def _set_in_vain(key: Key, changes: tuple[Change, ...]) -> Iterator[str]:
+def _set_in_vain(key: Key, changes: tuple[Change, ...], secrets: Sequence[str]) -> Iterator[str]:
     for before, after in itertools.pairwise(changes):
         if before.file != after.file and is_same(before.value, after.value):
-            value = masked_at(key, after.value)
+            value = masked_at(key, after.value, secrets)
             yield (
                 f"{shown_change(after)} sets {spelt(key)} to {value!r}, which it was already "
                 f"({shown_change(before)})"

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch_lab.errors import HparamsError, UserError, did_you_mean
 from torch_lab.layering import SECTIONS
-from torch_lab.provenance import Key
-from torch_lab.scripts import copied
+from torch_lab.provenance import Key, copied
 from torch_lab.utils import parameters_of, shown
 
 __all__ = [
@@ -213,6 +212,11 @@ class Hparams:
         }
         result: dict[str, Any] = copied(plain)
         return result
+
+    def as_used(self, dev_run: DevRun | None = None, *, debug: bool = False) -> Hparams:
+        """Return the hparams of a dev run, and those for debugging, if they are wanted."""
+        hparams = self.for_dev_run(dev_run) if dev_run else self
+        return hparams.for_debug() if debug else hparams
 
     def for_dev_run(self, dev_run: DevRun) -> Hparams:
         """Return the hparams that overfit on a few batches, and leave no checkpoint."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+from torch_lab.places import CONFIG_SCRIPT
+
 __all__ = ["imported_files", "is_of_project", "parsed", "unkept_imports"]
 
 _INSTALLED: Final = {"site-packages", "dist-packages"}
@@ -76,7 +78,7 @@ class _Places:
         """Return what `script` runs for an import, by names."""
         # A module of a package does not see its neighbours by their bare names; a script does.
         is_package = (script.parent / "__init__.py").is_file()
-        is_experiment = (script.parent / "__main__.py").is_file()
+        is_experiment = (script.parent / CONFIG_SCRIPT).is_file()
         beside = [script.parent] if is_experiment or not is_package else []
         return wanted.files(script, [*beside, self.experiment, *self.packages])
 
@@ -185,8 +187,8 @@ def _imports_of(node: ast.AST) -> Iterator[_Import | _Script]:
             yield from (_Import((*names, alias.name), level) for alias in aliases)
         case ast.Call(
             func=(
-                ast.Name(id="import_script_as_module")
-                | ast.Attribute(attr="import_script_as_module")
+                ast.Name(id="import_script_as_module" | "layer")
+                | ast.Attribute(attr="import_script_as_module" | "layer")
             ),
             args=[ast.Constant(value=str(path)), *_],
         ):

@@ -86,6 +86,8 @@ def run_all(
         Interrupted: A signal asked to end; the children were told, and have ended.
     """
     experiments = [Experiment.load(path, set, unset) for path in paths]
+    for experiment in experiments:
+        experiment.check_added_keys()
     dealt = [_visible(device) for device in devices]
     pool = _Children(options, quiet=jobs > 1, devices=dealt or [None] * jobs)
     with stopping_on_signals(), ThreadPoolExecutor(jobs) as executor:

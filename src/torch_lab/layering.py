@@ -7,6 +7,7 @@ has not is an error. `ref` and `env` stand for values that are known when all la
 from __future__ import annotations
 
 import ast
+import copy
 import itertools
 import re
 import string
@@ -18,14 +19,18 @@ from types import FrameType
 from typing import Any, Final
 
 from torch_lab.errors import HparamsError
+from torch_lab.imports import parsed
 from torch_lab.provenance import (
     DELETED,
+    HOOK,
     NAME,
     Change,
     Histories,
     Key,
     New,
+    Recorder,
     key_lines,
+    leaves,
     spelt,
 )
 from torch_lab.scripts import import_script_as_module, layers_of, shown
@@ -52,6 +57,7 @@ __all__ = [
     "place_of",
     "ref",
     "shown_change",
+    "with_items",
 ]
 
 SECTIONS: Final = ("task", "checkpoint", "trainer", "config", "seed", "loader_timeout", "strict")
@@ -164,6 +170,17 @@ def cleared(value: Any) -> Any:
     return value
 
 
+def with_items(value: dict[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a dictionary of the type of `value` with other items."""
+    if type(value) is dict:
+        return dict(items)
+    found = copy.copy(value)
+    found.clear()
+    for key, item in items.items():
+        found[key] = item  # The `update` of a Counter adds.
+    return found
+
+
 # Merging.
 
 
@@ -198,7 +215,7 @@ class Merge:
                 result.pop(part, None)
             else:
                 result[part] = self.over(held, value, below)
-        return result
+        return with_items(before, result)
 
     def over(self, before: Any, value: Any, key: Key) -> Any:
         """Return what `key` holds when `value` comes to what it holds, be it `MISSING`."""
@@ -250,7 +267,8 @@ def layer(path: str | Path, /, **changes: Any) -> dict[str, Any]:
         return HparamsError(f"{call.place(key)}: unknown key {spelt(key)}{near}", hint)
 
     def fitted(before: Any, value: Any, key: Key) -> Any:
-        if before is None or value is None or isinstance(before, dict) is isinstance(value, dict):
+        gives_way = any(each is None or isinstance(each, Later) for each in (before, value))
+        if gives_way or isinstance(before, dict) is isinstance(value, dict):
             return value
         kinds = ("a dictionary", "no dictionary")
         was, now = kinds if isinstance(before, dict) else kinds[::-1]
@@ -261,6 +279,9 @@ def layer(path: str | Path, /, **changes: Any) -> dict[str, Any]:
         )
 
     merged: dict[str, Any] = Merge(_may_come, unknown, fitted).into(base, changes)
+    if call.recorder is not None:
+        added = dict(leaves(merged)).keys() - dict(leaves(base)).keys()
+        call.recorder.marked |= added
     return merged
 
 
@@ -277,12 +298,15 @@ class _Call:
     line: int
     position: tuple[int | None, ...]
     """Where it begins and ends: lines, then columns."""
+    recorder: Recorder | None
+    """Who follows the script; None outside of scripts."""
 
     @classmethod
     def by(cls, frame: FrameType) -> _Call:
         """Return the call that `frame` is making."""
         positions = itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
-        return cls(frame.f_code.co_filename, frame.f_lineno, next(positions))
+        recorder = frame.f_globals.get(HOOK)
+        return cls(frame.f_code.co_filename, frame.f_lineno, next(positions), recorder)
 
     def place(self, key: Key = ()) -> str:
         """Return the file and line of a key, or else of the call."""
@@ -293,8 +317,8 @@ class _Call:
     def _lines(self) -> dict[Key, int]:
         """Return the lines of the keys that the call spells out, if its file can be read."""
         try:
-            tree = ast.parse(Path(self.file).read_bytes())
-        except (OSError, SyntaxError, ValueError):
+            tree = parsed(Path(self.file).read_bytes())
+        except (OSError, SyntaxError):
             return {}
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and self.position == (
@@ -403,7 +427,8 @@ def _pieces(text: str) -> tuple[Piece, ...]:
         (name is None) is (piece.key is None) and "{" not in piece.spec
         for (_, name, _, _), piece in zip(parsed, pieces, strict=True)
     )
-    return pieces if are_whole else ()
+    follows = any(piece.key is not None for piece in pieces)
+    return pieces if are_whole and follows else ()
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_lab.errors import HparamsError, ScriptError, listed
 from torch_lab.experiment import Experiment
-from torch_lab.runs import project_root
+from torch_lab.provenance import leaves, spelt
 from torch_lab.scripts import edited_since_they_ran
-from torch_lab.utils import flattened, shown
+from torch_lab.utils import new, shown
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -25,7 +24,7 @@ _NOTHING = object()
 
 
 def load(
-    path: str | Path, set: Mapping[str, Any] | None = None, unset: Sequence[str] = ()
+    path: str | Path, *, set: Mapping[str, Any] | None = None, unset: Sequence[str] = ()
 ) -> LoadedExperiment:
     """Run the hparams script at `path`, and return its experiment.
 
@@ -40,7 +39,6 @@ def load(
     Raises:
         UserError: The script or its hparams are wrong, or what is set does not fit.
     """
-    _make_importable(project_root(Path(path).expanduser().resolve()))
     return LoadedExperiment(Experiment.load(path, set=set, unset=unset), set or {}, unset)
 
 
@@ -63,30 +61,36 @@ class LoadedExperiment:
         """The whole dictionary, defaults included, as `train_config` gets it; to read only."""
 
     def __repr__(self) -> str:
-        return self._call(self._set)
+        return self._words_to_load(self._set, self._unset)
 
-    def _call(self, set: Mapping[str, Any]) -> str:
-        """Return the call that loads this experiment with other values."""
+    def _words_to_load(self, set: Mapping[str, Any], unset: Sequence[str]) -> str:
+        """Return the call that loads this experiment with such overrides."""
         words = [repr(shown(self._experiment.script))]
         words += [f"set={set!r}"] if set else []
-        words += [f"unset={self._unset!r}"] if self._unset else []
+        words += [f"unset={list(unset)!r}"] if unset else []
         return f"torch_lab.load({', '.join(words)})"
 
-    def build(self) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
+    def build(
+        self, *, tracking: str = "auto", trust_checkpoint: bool = False
+    ) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
         """Return the trainer, the module and the data, ready for `trainer.fit(module, data)`.
 
         `train_config` is called, and checked what it returns. That training is the same as that of
         `train`, to the bit, as long as nothing else was done with the module and the data; but it
         leaves nothing behind: no folder, no checkpoints, no logs, no task. Weights that the hparams
-        name are loaded.
+        name are loaded; of a checkpoint that they go on from in full, the weights alone.
+
+        Args:
+            tracking: `auto` to ask ClearML, if it is there, for what is not here; `offline` not to.
+            trust_checkpoint: Read a checkpoint that holds code, which can do anything that you can.
 
         Raises:
             UserError: A script, the hparams, the components or the checkpoint are wrong.
         """
-        experiment = self._as_loaded()
+        experiment = self._unchanged()
         from torch_lab.building import built
 
-        return built(experiment)
+        return built(experiment, tracking=tracking, trust=trust_checkpoint)
 
     def train(self, **options: Any) -> Run:
         """Train as the command does, and return the run, which has a folder of its own.
@@ -98,7 +102,7 @@ class LoadedExperiment:
             UserError: A script, the hparams or the components are wrong; nothing was created.
             TorchLabError: What else `torch_lab.train` raises.
         """
-        experiment = self._as_loaded()
+        experiment = self._unchanged()
         from torch_lab.runner import train
 
         return train(experiment, **options)
@@ -113,12 +117,12 @@ class LoadedExperiment:
         Raises:
             UserError: A script, the hparams, the arguments or the components are wrong.
         """
-        experiment = self._as_loaded()
+        experiment = self._unchanged()
         from torch_lab.runner import infer
 
         return infer(experiment, *arguments, **options)
 
-    def _as_loaded(self) -> Experiment:
+    def _unchanged(self) -> Experiment:
         """Return the experiment, if its scripts and its hparams still are what was loaded.
 
         A run would keep the scripts as they are now, and not those that made its hparams.
@@ -140,7 +144,7 @@ class LoadedExperiment:
         return experiment
 
     def _check_hparams(self) -> None:
-        before, now = flattened(self._experiment.hparams.as_dict()), flattened(self.hparams)
+        before, now = dict(leaves(self._experiment.hparams.as_dict())), dict(leaves(self.hparams))
         changed = [
             key
             for key in dict.fromkeys([*before, *now])
@@ -148,15 +152,15 @@ class LoadedExperiment:
             and repr(before.get(key, _NOTHING)) != repr(now.get(key, _NOTHING))
         ]
         if changed:
-            wanted = {**self._set, **{key: now[key] for key in changed if key in now}}
+            given = {
+                spelt(key): now[key] if key in before else new(now[key])
+                for key in changed
+                if key in now
+            }
+            removed = [spelt(key) for key in changed if key not in now]
+            call = self._words_to_load({**self._set, **given}, [*self._unset, *removed])
+            names = listed(map(spelt, changed))
             raise HparamsError(
-                f"experiment.hparams was changed ({listed(changed)}), which no run would record",
-                f"load it so: {self._call(wanted)}",
+                f"experiment.hparams was changed ({names}), which no run would record",
+                f"load it so: {call}",
             )
-
-
-def _make_importable(root: Path) -> None:
-    """Let scripts import the packages of a project, as those of the working directory."""
-    # At the end, so that nothing there hides what is installed.
-    folders = [str(folder) for folder in (root, root / "src")]
-    sys.path.extend(folder for folder in folders if folder not in sys.path)

@@ -153,10 +153,10 @@ class _Outline:
             for alias in statement.names:
                 if "." not in alias.name:
                     self._names[alias.asname or alias.name] = self._sibling(alias.name)
-        elif statement.module is None:
+        elif statement.module is None and statement.level == 1:
             for alias in statement.names:
                 self._names[alias.asname or alias.name] = self._sibling(alias.name)
-        elif statement.level <= 1:
+        elif statement.module is not None and statement.level <= 1:
             module = self._sibling(statement.module.replace(".", "/"))
             for alias in statement.names:
                 if alias.name == "*":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import math
 import numbers
 import os
@@ -38,9 +37,10 @@ from torch_lab.layering import (
     new,
     parsed_key,
     place_of,
+    with_items,
 )
 from torch_lab.provenance import Change, Histories, Key, New, copied, is_same, leaves, spelt
-from torch_lab.redaction import MASK, masked
+from torch_lab.redaction import MASK, masked_at, secrets_around
 from torch_lab.utils import shown
 
 __all__ = ["Effective", "Overrides", "effective", "overridden", "parsed_words", "resolved"]
@@ -122,7 +122,7 @@ def parsed_words(words: Sequence[str]) -> dict[str, Any]:
         name, value = spelt(key), _value(match["value"].strip())
         added = found.pop(f"{name}{_ADD}", [])
         if is_added:
-            both = isinstance(added, list) and isinstance(value, list)
+            both = isinstance(added, (list, tuple)) and isinstance(value, (list, tuple))
             found[f"{name}{_ADD}"] = [*added, *value] if both else value
         else:
             found.pop(name, None)
@@ -169,10 +169,10 @@ class Overrides:
 
     def lines(self) -> list[str]:
         """Return them in words to read, without secrets."""
-        told = [f"{key.removesuffix(_ADD)} removed" for key in self.unset]
+        told = [f"{key} removed" for key in self.unset]
         for key, value in self.set.items():
             name = key.removesuffix(_ADD)
-            shown_value = masked({name: cleared(value)})[name]
+            shown_value = masked_at(_parts(name), cleared(value), secrets_around())
             told.append(f"{name} {_ADD if name != key else '='} {shown_value!r}")
         return told
 
@@ -190,8 +190,13 @@ class Overrides:
         Raises:
             UserError: One of them cannot be kept in a record, and is not given here.
         """
-        mine = {_name(key) for key in (*self.set, *self.unset)}
-        missing = [key for key in record.get("not_kept", ()) if _name(key) not in mine]
+        mine = [_parts(key) for key in (*self.set, *self.unset)]
+
+        def is_kept(key: str) -> bool:
+            parts = _parts(key)
+            return not any(parts[: len(each)] == each for each in mine)
+
+        missing = list(filter(is_kept, record.get("not_kept", ())))
         if missing:
             raise UserError(
                 f"run {run} was started with --set {listed(missing)}, whose value its record does "
@@ -199,16 +204,15 @@ class Overrides:
                 "give it again: secrets and objects are not kept",
             )
         theirs = parsed_words(record.get("set", ()))
-        kept = {key: value for key, value in theirs.items() if _name(key) not in mine}
-        unset = [key for key in record.get("unset", ()) if _name(key) not in mine]
+        kept = {key: value for key, value in theirs.items() if is_kept(key)}
+        unset = list(filter(is_kept, record.get("unset", ())))
         return Overrides({**kept, **self.set}, (*unset, *self.unset)) if kept or unset else self
 
 
-def _name(key: str) -> str:
-    """Return a key in the one way that it is shown, without the sign of an addition."""
-    bare = key.removesuffix(_ADD)
-    parsed = parsed_key(bare)
-    return bare if parsed is None else spelt(parsed)
+def _parts(name: str) -> Key:
+    """Return the key that a name means, without the sign of an addition."""
+    bare = name.removesuffix(_ADD)
+    return parsed_key(bare) or (bare,)
 
 
 def _word(key: str, value: Any) -> str:
@@ -225,8 +229,8 @@ def _text(value: Any) -> str:
 
 
 def _is_secret(key: str, value: Any) -> bool:
-    name = key.removesuffix(_ADD)
-    return MASK in repr(masked({name: value})) and MASK not in repr(value)
+    shown_value = masked_at(_parts(key), value, secrets_around())
+    return MASK in repr(shown_value) and MASK not in repr(value)
 
 
 def _is_kept(key: str, value: Any) -> bool:
@@ -275,6 +279,8 @@ class _Overriding:
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove keys, all at once: an index counts what the script holds."""
+        if not names:
+            return
         marked: Any = self.values
         keys = [_key_of(name, "--unset") for name in names]
         for key in keys:
@@ -320,7 +326,7 @@ class _Overriding:
                     "indices count from 0; += adds items",
                 )
             if here is not MISSING and not isinstance(here, dict):
-                what = f"{spelt(key[:end])} is {_described(here)}, which has no keys"
+                what = f"{spelt(key[:end])} is {_described(here, key)}, which has no keys"
                 raise HparamsError(f"--set {spelt(key)}: {what}")
             if not is_marked and not self._is_known(key[: end + 1]):
                 raise self._unknown(key)
@@ -337,7 +343,8 @@ class _Overriding:
             items[part] = self._with(items[part], key, depth + 1, change)
             return type(value)(items)
         held = {} if value is MISSING else value
-        return {**held, part: self._with(held.get(part, MISSING), key, depth + 1, change)}
+        changed = self._with(held.get(part, MISSING), key, depth + 1, change)
+        return with_items(held, {**held, part: changed})
 
     def _note(
         self, after: Any, key: Key, source: str, given: Sequence[Key] = (), value: Any = None
@@ -380,12 +387,12 @@ class _Overriding:
     def _longer(self, before: Any, value: Any, key: Key) -> Any:
         """Return a list with items added to it."""
         if type(before) not in (list, tuple):
-            held = "nothing" if before is MISSING else _described(before)
+            held = "nothing" if before is MISSING else _described(before, key)
             raise HparamsError(f"--set {spelt(key)}{_ADD}: it adds to lists, and there is {held}")
         if type(value) not in (list, tuple):
             raise HparamsError(
-                f"--set {spelt(key)}{_ADD}: it adds lists, not {_described(value)}",
-                f"put it into brackets: {spelt(key)}{_ADD}[{value!r}]",
+                f"--set {spelt(key)}{_ADD}: it adds lists, not {_described(value, key)}",
+                f"put it into brackets: {spelt(key)}{_ADD}[{masked_at(key, value)!r}]",
             )
         return type(before)([*before, *self._fitted(before, value, key)])
 
@@ -414,8 +421,8 @@ class _Overriding:
         is_default = _at(self._original, key) is MISSING
         where = f" in {place}" if place else ", the default" * is_default
         raise HparamsError(
-            f"--set {spelt(key)}: {_described(value)} cannot take the place of "
-            f"{_described(before)}{where}",
+            f"--set {spelt(key)}: {_described(value, key)} cannot take the place of "
+            f"{_described(before, key)}{where}",
             _mend(before, value, key, place),
         )
 
@@ -452,7 +459,8 @@ def _leaves_at(values: Any, key: Key) -> Iterator[tuple[Key, Any]]:
 def _swept(value: Any) -> Any:
     """Return a value without what is `DELETE` in its dictionaries and lists."""
     if isinstance(value, dict):
-        return {key: _swept(item) for key, item in value.items() if item is not DELETE}
+        left = {key: _swept(item) for key, item in value.items() if item is not DELETE}
+        return with_items(value, left)
     if type(value) in (list, tuple):
         return type(value)(_swept(item) for item in value if item is not DELETE)
     return value
@@ -485,7 +493,9 @@ def _fitted_number(before: Any, value: Any) -> Any:
     # Python has no literals of these.
     is_word = isinstance(value, str) and value in ("inf", "-inf", "nan")
     if type(before) is float and (is_word or type(value) is int):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
+        return _MISFIT
     kinds: tuple[type, ...] = (numbers.Integral, numbers.Real, numbers.Complex, type(before))
     kind = next(kind for kind in kinds if isinstance(before, kind))
     return value if isinstance(value, kind) else _MISFIT
@@ -500,11 +510,13 @@ def _fitted_items(before: Any, value: Any) -> Any:
         items = [_fitted(before[0], item) for item in items]
     if any(item is _MISFIT for item in items):
         return _MISFIT
-    return type(before)(items) if type(before) in (list, tuple) else value
+    if type(before) in (list, tuple):
+        return type(before)(items)
+    return value if type(value) is type(before) else _MISFIT
 
 
-def _described(value: Any) -> str:
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+def _described(value: Any, key: Key) -> str:
+    return f"{reprlib.repr(masked_at(key, value, secrets_around()))} ({type(value).__name__})"
 
 
 def _mend(before: Any, value: Any, key: Key, place: str) -> str | None:
@@ -513,7 +525,8 @@ def _mend(before: Any, value: Any, key: Key, place: str) -> str | None:
     if isinstance(before, bool):
         return "True or False"
     if isinstance(before, str) and not isinstance(value, (dict, list, tuple)):
-        return f"""in quotes it is a string: --set "{name}='{value}'\""""
+        told = masked_at(key, str(value))
+        return f"""in quotes it is a string: --set "{name}='{told}'\""""
     if isinstance(before, int) and isinstance(value, float) and place:
         return f"with {before}.0 in {place} it may be both"
     return None
@@ -571,7 +584,7 @@ class _Resolution:
         """Return a copy of `value`, which is at `key`, as it is when all are known."""
         if isinstance(value, dict):
             items = {part: self.resolved(item, (*key, part)) for part, item in value.items()}
-            return items if type(value) is dict else _like(value, items)
+            return with_items(value, items)
         if type(value) in (list, tuple):
             items_of = enumerate(value)
             return type(value)([self.resolved(item, (*key, at)) for at, item in items_of])
@@ -600,7 +613,7 @@ class _Resolution:
             return format(_CONVERSIONS[piece.conversion](value), piece.spec)
         except (KeyError, TypeError, ValueError) as error:
             raise self._error(
-                ref, key, f"{spelt(piece.key)} is {_described(value)}: {error}"
+                ref, key, f"{spelt(piece.key)} is {_described(value, piece.key)}: {error}"
             ) from None
 
     def _followed(self, ref: Ref, key: Key, target: Key) -> Any:
@@ -651,15 +664,30 @@ class _Resolution:
         self.sources[key] = f"env {env.name}" + (", not set: its default" if text is None else "")
         if text is None or default is None or isinstance(default, str):
             return default if text is None else text
-        value = _fitted(default, text if isinstance(default, Path) else _literal(text))
+        value = _fitted(default, _read_as(default, text))
         if value is _MISFIT:
-            told = masked({env.name: text})[env.name]
-            message = f"the environment has {env.name}={told}, the default is {_described(default)}"
-            raise self._error(env, key, message)
+            told = masked_at((env.name, *key), text, secrets_around())
+            message = f"the environment has {env.name}={told}, the default is "
+            hint = "1, 0, true or false" if isinstance(default, bool) else None
+            raise self._error(env, key, message + _described(default, key), hint)
         return value
 
     def _error(self, later: Later, key: Key, message: str, hint: str | None = None) -> HparamsError:
-        return HparamsError(f"{later.place}: {spelt(key)} = {later!r}: {message}", hint)
+        shown_later = masked_at(key, later)
+        return HparamsError(f"{later.place}: {spelt(key)} = {shown_later!r}: {message}", hint)
+
+
+def _read_as(default: Any, text: str) -> Any:
+    """Return what the text of a variable means where `default` would stand."""
+    if isinstance(default, Path):
+        return text
+    if isinstance(default, bool):
+        return _SWITCHES.get(text.strip().lower(), text)
+    return _literal(text)
+
+
+_SWITCHES: Final = {"1": True, "true": True, "0": False, "false": False}
+"""How environments spell them."""
 
 
 _CONVERSIONS: Final[dict[str | None, Callable[[Any], Any]]] = {
@@ -668,10 +696,3 @@ _CONVERSIONS: Final[dict[str | None, Callable[[Any], Any]]] = {
     "s": str,
     "a": ascii,
 }
-
-
-def _like(value: Any, items: Mapping[Any, Any]) -> Any:
-    """Return a dictionary of the type of `value` with other items."""
-    found = copy.copy(value)
-    found.update(items)
-    return found

@@ -18,7 +18,7 @@ from torch_lab.console import place_of
 from torch_lab.errors import TorchLabError
 from torch_lab.experiment import Experiment
 from torch_lab.overrides import parsed_words
-from torch_lab.provenance import Change, Key, spelt
+from torch_lab.provenance import Change, leaves, spelt
 from torch_lab.redaction import masked
 from torch_lab.utils import shown
 
@@ -61,8 +61,10 @@ class _Writer:
         elif type(value) is dict and value:
             yield f"{indent}{before}{{"
             for key, item in value.items():
-                name = self.text(key) or repr(key)
-                yield from self.lines(item, f"{indent}    ", f"{name}: ", ",")
+                if (name := self.text(key)) is None:
+                    yield f"{indent}    # {_short(key)}: {_short(item)}"
+                else:
+                    yield from self.lines(item, f"{indent}    ", f"{name}: ", ",")
             yield f"{indent}}}{after}"
         elif type(value) in _BRACKETS and value:
             opening, closing = _BRACKETS[type(value)]
@@ -149,16 +151,22 @@ def write_help(
         # What a script prints is no help.
         with contextlib.redirect_stdout(sys.stderr):
             experiment = Experiment.load(script, set=parsed_words(set), unset=unset)
+        docstrings = dict(_docstrings(experiment))
     except (Exception, SystemExit) as error:
         formatter.write_paragraph()
         formatter.write(f"The experiment is not shown: {_reason(error)}\n")
         return
-    for file in (experiment.config_script, experiment.script):
-        if told := ast.get_docstring(ast.parse(file.read_bytes())):
-            with formatter.section(shown(file)):
-                _write(told.splitlines(), formatter)
+    for file, told in docstrings.items():
+        with formatter.section(shown(file)):
+            _write(told.splitlines(), formatter)
     with formatter.section("Hparams"):
         _write(_table(_rows(experiment)), formatter)
+
+
+def _docstrings(experiment: Experiment) -> Iterator[tuple[Path, str]]:
+    for file in (experiment.config_script, experiment.script):
+        if told := ast.get_docstring(ast.parse(file.read_bytes(), str(file))):
+            yield file, told
 
 
 def _write(lines: Sequence[str], formatter: click.HelpFormatter) -> None:
@@ -170,6 +178,8 @@ def _write(lines: Sequence[str], formatter: click.HelpFormatter) -> None:
 def _reason(error: BaseException) -> str:
     if isinstance(error, TorchLabError):
         return error.message
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{shown(Path(error.filename))}:{error.lineno}: {error.msg}"
     place = place_of(error)
     told = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{told} ({place})" if place else told
@@ -177,7 +187,7 @@ def _reason(error: BaseException) -> str:
 
 def _rows(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
     """Yield each key with its value, and the line that sets it."""
-    for key, value in _leaves(masked(experiment.effective.hparams), ()):
+    for key, value in leaves(masked(experiment.effective.hparams)):
         changes = experiment.histories.get(key, ())
         yield spelt(key), _short(value), _place(changes[-1], experiment) if changes else ""
 
@@ -188,14 +198,6 @@ def _place(change: Change, experiment: Experiment) -> str:
         return change.source
     name = change.file.name if change.file.parent == experiment.folder else shown(change.file)
     return ", ".join(filter(None, [f"{name}:{change.line}", change.source]))
-
-
-def _leaves(value: Any, path: Key) -> Iterator[tuple[Key, Any]]:
-    if type(value) is dict and value:
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    else:
-        yield path, value
 
 
 def _table(rows: Iterator[tuple[str, str, str]]) -> list[str]:

@@ -9,11 +9,14 @@ from a layer keeps the history that it has there.
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from pathlib import Path
 from typing import Any, Final, TypeAlias
+
+from torch_lab.errors import HparamsError
 
 __all__ = [
     "DELETED",
@@ -62,6 +65,9 @@ class New:
 
     value: Any
 
+    def __repr__(self) -> str:
+        return f"new({self.value!r})"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -73,7 +79,7 @@ class Change:
     value: Any
     """What it was then; `DELETED` if the key was removed, and of a dictionary an empty one."""
     is_new: bool = False
-    """Whether the script says that no base has the key."""
+    """Whether the script says that no base has the key, or stands on none."""
     source: str = ""
     """What gave the value beside the line: `--set config.lr`, `env DATA_DIR`."""
 
@@ -107,8 +113,6 @@ class _Statement:
     """The lines of the keys that it spells out, from the dictionary on that it writes to."""
     is_local: bool = False
     """Whether nothing can change but what it stores under one key."""
-    is_layered: bool = False
-    """Whether it calls `layer`, so that all that it adds is marked as new."""
     place: Key = ()
     """The global name and the keys that lead to the dictionary it writes to, if they are plain."""
     under: Key = ()
@@ -141,14 +145,23 @@ def instrumented(source: bytes, file: Path) -> tuple[ast.Module, list[_Statement
 
 
 def binds_hparams(tree: ast.Module) -> bool:
-    """Return whether a script binds the name `hparams`, outside of its functions and classes."""
-    return any(
-        (isinstance(node, ast.Name) and node.id == NAME and isinstance(node.ctx, ast.Store))
-        or (isinstance(node, ast.alias) and NAME in (node.asname, node.name))
-        for statement in tree.body
-        if not isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
-        for node in ast.walk(statement)
+    """Return whether a script binds the name `hparams`, or may: by a star, or in a function."""
+    in_functions = (node for node in ast.walk(tree) if isinstance(node, ast.Global))
+    return any(map(_binds, _outside_of_functions(tree))) or any(
+        NAME in node.names for node in in_functions
     )
+
+
+def _outside_of_functions(tree: ast.Module) -> Iterator[ast.AST]:
+    for statement in tree.body:
+        if not isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            yield from ast.walk(statement)
+
+
+def _binds(node: ast.AST) -> bool:
+    if isinstance(node, ast.alias):
+        return (node.asname or node.name) in (NAME, "*")
+    return isinstance(node, ast.Name) and node.id == NAME and isinstance(node.ctx, ast.Store)
 
 
 class _Instrumenting:
@@ -193,10 +206,7 @@ class _Instrumenting:
             nothing = ast.arguments([], [], None, [], [], None, [])
             later = ast.Lambda(nothing, ast.copy_location(written_to, statement), **at)
             arguments.append(later)
-        is_layered = _is_layered(statement)
-        self.statements.append(
-            _Statement(statement.lineno, spelled, is_local, is_layered, place, under)
-        )
+        self.statements.append(_Statement(statement.lineno, spelled, is_local, place, under))
         return ast.Expr(ast.Call(ast.Name(HOOK, _LOAD, **at), arguments, [], **at), **at)
 
 
@@ -224,22 +234,6 @@ def _may_change(statement: ast.stmt) -> bool:
         return not isinstance(statement.value, ast.Constant)
     quiet = (ast.Return, ast.Raise, ast.Break, ast.Continue, ast.Pass, ast.Global, ast.Nonlocal)
     return not isinstance(statement, (*quiet, ast.FunctionDef, ast.AsyncFunctionDef))
-
-
-def _is_layered(statement: ast.stmt) -> bool:
-    """Return whether a statement calls `layer`, which refuses what no base has unless marked."""
-    if isinstance(getattr(statement, "value", None), ast.Constant):
-        return False
-    return any(isinstance(node, ast.Call) and _name_of(node) == "layer" for node in _own(statement))
-
-
-def _own(statement: ast.stmt) -> Iterator[ast.AST]:
-    """Yield the nodes of a statement, without those of statements in it."""
-    stack: list[ast.AST] = [statement]
-    while stack:
-        node = stack.pop()
-        yield node
-        stack += [each for each in ast.iter_child_nodes(node) if not isinstance(each, ast.stmt)]
 
 
 def _name_of(call: ast.Call) -> str:
@@ -332,12 +326,13 @@ class _Seen:
     def take(self, value: Any) -> None:
         # All of it is kept, so that nothing else gets its identity.
         self.value = value
+        self.copy = None if type(value) in (dict, list) else copied(value)
         self.parts = dict(_items(value))
         self.inner = {key: _Seen(part) for key, part in self.parts.items() if _is_container(part)}
 
     def changes(self, value: Any, path: Key) -> Iterator[tuple[Key, Any]]:
         """Yield what has changed, by its key: values, lists as a whole; and take it over."""
-        if type(value) is list:
+        if type(value) is not dict:
             if not self._is_still(value):
                 self.take(value)
                 yield path, copied(value)
@@ -383,11 +378,13 @@ class _Seen:
             key: self.inner[key].value_seen() if key in self.inner else part
             for key, part in self.parts.items()
         }
-        return list(parts.values()) if type(self.value) is list else parts
+        if type(self.value) is dict:
+            return parts
+        return list(parts.values()) if type(self.value) is list else self.copy
 
     def places_of(self, container: Any, path: Key = ()) -> Iterator[tuple[Key, _Seen]]:
         """Yield where a dictionary or list is in this one; of what is in a list, where that is."""
-        is_list = type(self.value) is list
+        is_list = type(self.value) is not dict
         if self.value is container or (is_list and self._holds(container)):
             yield path, self
         elif not is_list:
@@ -405,19 +402,27 @@ class _Seen:
             and all(map(is_, value.values(), self.parts.values()))
         )
 
-    def _is_still(self, value: list[Any]) -> bool:
-        """Return whether a list, with the lists and dictionaries in it, is as it was."""
+    def _is_still(self, value: Any) -> bool:
+        """Return whether a list, or a set and the like, is as it was, with all that is in it."""
+        if type(value) is not list:
+            return is_same(self.copy, value)
         if len(value) != len(self.parts) or not all(map(is_, value, self.parts.values())):
             return False
         return not any(True for key in self.inner for _ in self.change_of(key, value[key], ()))
 
 
 def _is_container(value: Any) -> bool:
-    return type(value) in (dict, list)
+    """Return whether there may be another value in this one later."""
+    if type(value) is tuple:
+        return any(map(_is_container, value))
+    return isinstance(value, (dict, list, set))
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    yield from value.items() if type(value) is dict else enumerate(value)
+    if type(value) is dict:
+        yield from value.items()
+    elif type(value) is list:
+        yield from enumerate(value)
 
 
 def leaves(value: Any, path: Key = ()) -> Iterator[tuple[Key, Any]]:
@@ -432,12 +437,14 @@ def leaves(value: Any, path: Key = ()) -> Iterator[tuple[Key, Any]]:
 
 
 def copied(value: Any) -> Any:
-    """Return `value` with its dictionaries and lists copied, and everything in them shared."""
+    """Return `value` with its dictionaries, lists and sets copied, and all else in them shared."""
     if type(value) is dict:
         return {key: copied(item) for key, item in value.items()}
     if type(value) is list:
         return [copied(item) for item in value]
-    return value
+    if type(value) is tuple:
+        return tuple(copied(item) for item in value) if _is_container(value) else value
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
 
 class Recorder:
@@ -458,6 +465,8 @@ class Recorder:
         bases: Callable[[], Iterable[Recorder]],
     ) -> None:
         self.histories: Histories = {}
+        self.marked: set[Key] = set()
+        """The keys that are meant to be new, as a `layer` has them that was asked for them."""
         self._file = file
         self._namespace = namespace
         self._statements = statements
@@ -477,6 +486,17 @@ class Recorder:
         if self._has_ended or type(hparams) is not dict:
             return
         statement = self._statements[number]
+        try:
+            self._look(hparams, statement, written_to)
+        except RecursionError:
+            place = f"{self._file}:{statement.line}"
+            raise HparamsError(
+                f"{place}: the hparams are too deep, or contain themselves"
+            ) from None
+
+    def _look(
+        self, hparams: Any, statement: _Statement, written_to: Callable[[], Any] | None
+    ) -> None:
         container, *under = self._target(statement, written_to)
         is_local = statement.is_local and hparams is self._seen.value
         places = list(self._seen.places_of(container)) if under and container is not None else []
@@ -490,7 +510,7 @@ class Recorder:
             changes = dict(self._seen.changes(hparams, ()))
             places = [] if container is None else list(self._seen.places_of(container))
         # A list is a value: what is written into it is written to all of it.
-        written = [path if type(seen.value) is list else (*path, *under) for path, seen in places]
+        written = [(*path, *under) if type(seen.value) is dict else path for path, seen in places]
         self._note(changes, statement, written, bool(under))
 
     def _target(
@@ -548,21 +568,20 @@ class Recorder:
             if value is DELETED
             for end in range(len(key))
         }
-        is_new = statement.is_layered
         for key, value in changes.items():
             for end in range(1, len(key) if value is not DELETED else 0):
                 if (section := key[:end]) in self.histories:
                     line = own.get(section) or statement.line_of(section, written_to)
                     self._make_section(section, line)
             line = own.get(key) or statement.line_of(key, written_to)
-            self._add(key, value, line, key not in own and key not in emptied, is_new)
+            self._add(key, value, line, key not in own and key not in emptied)
         for key, line in own.items():
             value = self.value_at(key)
             if value is DELETED:
                 for removed in self._inherited(key):
                     self._add(removed, DELETED, line, may_be_of_base=False)
             elif key not in changes and not (type(value) is dict and value):
-                self._add(key, copied(value), line, may_be_of_base=False, is_new=is_new)
+                self._add(key, copied(value), line, may_be_of_base=False)
 
     def _inherited(self, key: Key) -> list[Key]:
         """Return what the bases hold at `key` and below it."""
@@ -575,18 +594,17 @@ class Recorder:
             )
         )
 
-    def _add(
-        self, key: Key, value: Any, line: int, may_be_of_base: bool, is_new: bool = False
-    ) -> None:
+    def _add(self, key: Key, value: Any, line: int, may_be_of_base: bool) -> None:
         before = self.histories.get(key)
-        marked, value = isinstance(value, New), _bare(value)
+        is_new, value = isinstance(value, New) or key in self.marked, _bare(value)
+        # What stands on nothing has no base that a key could be missing in.
+        is_new |= not any(base.histories for base in self._bases())
         if before is None:
             known = (base.histories[key] for base in self._bases() if key in base.histories)
             before = next(known, ())
         if before and may_be_of_base and is_same(before[-1].value, value):
             self.histories[key] = before
             return
-        is_new = marked or (is_new and not before)
         self.histories[key] = (*before, Change(self._file, line, value, is_new))
 
     def _make_section(self, key: Key, line: int) -> None:

@@ -93,6 +93,7 @@ def enqueue(
     """
     with Console(as_json=as_json) as console:
         experiment = Experiment.load(path, set, unset)
+        experiment.check_added_keys()
         _check_shows_no_secret(experiment)
         server = found_server()
         try:

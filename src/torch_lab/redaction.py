@@ -23,6 +23,7 @@ __all__ = [
     "masked_script",
     "masked_text",
     "secrets_around",
+    "secrets_in",
 ]
 
 MASK = "***"
@@ -106,39 +107,88 @@ def secrets_around() -> list[str]:
     return sorted((value for value in found if len(value) >= _LEAST_LETTERS), key=len, reverse=True)
 
 
+def secrets_in(values: Any) -> list[str]:
+    """Return the strings under secret keys, and the secrets in the environment; the longest first.
+
+    Such a value may stand elsewhere too: `ref` and `env` put it under any key.
+    """
+    under = {text for text in _under_secret_keys(values) if len(text) >= _LEAST_LETTERS}
+    return sorted(under | set(secrets_around()), key=len, reverse=True)
+
+
+def _under_secret_keys(value: Any, *, secret: bool = False) -> Iterator[str]:
+    if isinstance(value, str) and secret:
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _under_secret_keys(item, secret=secret or _is_secret_key(key))
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from _under_secret_keys(item, secret=secret)
+
+
 def masked(value: Any) -> Any:
-    """Return a value with its secrets masked: the strings under secret keys.
+    """Return a value with its secrets masked: what stands under secret keys, wherever it stands.
+
+    Numbers under such keys are none.
 
     Args:
         value: Of dictionaries, lists, sets, strings and anything else; or what `runs.encoded`
             returned.
     """
-    return _masked(value, secret=False)
+    return _Masking(secrets_in(value)).of(value, secret=False)
 
 
-def masked_at(key: Sequence[object], value: Any) -> Any:
-    """Return the value that stands at `key` in nested dictionaries, with its secrets masked."""
-    return _masked(value, secret=any(map(_is_secret_key, key)))
+def masked_at(key: Sequence[object], value: Any, secrets: Sequence[str] = ()) -> Any:
+    """Return the value that stands at `key` in nested dictionaries, with its secrets masked.
+
+    Args:
+        key: The keys that lead to it.
+        value: The value.
+        secrets: What else is one, as `secrets_in` finds it.
+    """
+    return _Masking(secrets).of(value, secret=any(map(_is_secret_key, key)))
 
 
-def _masked(value: Any, *, secret: bool) -> Any:
-    if isinstance(value, str):
-        return MASK if secret and value else masked_text(value)
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(_masked(item, secret=secret) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if "__type__" in value:
-        return {**value, "value": _masked_tagged(value, secret=secret)}
-    return {key: _masked(item, secret=secret or _is_secret_key(key)) for key, item in value.items()}
+class _Masking:
+    """Masks secrets in nested values.
 
+    Args:
+        secrets: Texts that are secret wherever they stand.
+    """
 
-def _masked_tagged(tagged: Mapping[str, Any], *, secret: bool) -> Any:
-    kind, value = tagged["__type__"], tagged["value"]
-    if kind == "dict":
-        return [[key, _masked(item, secret=secret or _is_secret_key(key))] for key, item in value]
-    # The name of an infinity is no secret, and has to be read back.
-    return value if kind == "float" else _masked(value, secret=secret)
+    def __init__(self, secrets: Sequence[str]) -> None:
+        self._secrets = secrets
+
+    def of(self, value: Any, *, secret: bool) -> Any:
+        """Return a value without what is secret in it; all of it, if it is `secret` itself."""
+        if isinstance(value, str):
+            return MASK if secret and value else self._text(value)
+        if type(value) in (list, tuple, set, frozenset):
+            return type(value)(self.of(item, secret=secret) for item in value)
+        if isinstance(value, dict):
+            if "__type__" in value:
+                return {**value, "value": self._tagged(value, secret=secret)}
+            return {
+                key: self.of(item, secret=secret or _is_secret_key(key))
+                for key, item in value.items()
+            }
+        is_number = value is None or isinstance(value, (bool, int, float, complex))
+        return MASK if secret and not is_number else value
+
+    def _tagged(self, tagged: Mapping[str, Any], *, secret: bool) -> Any:
+        kind, value = tagged["__type__"], tagged["value"]
+        if kind == "dict":
+            return [
+                [key, self.of(item, secret=secret or _is_secret_key(key))] for key, item in value
+            ]
+        # The name of an infinity is no secret, and has to be read back.
+        return value if kind == "float" else self.of(value, secret=secret)
+
+    def _text(self, text: str) -> str:
+        for each in self._secrets:
+            text = text.replace(each, MASK)
+        return masked_text(text)
 
 
 def _is_secret_key(key: object) -> bool:

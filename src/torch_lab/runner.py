@@ -333,7 +333,8 @@ def infer(
         asking(tracking),
     ):
         experiment = _loaded(path, set, unset)
-        hparams = experiment.hparams.for_debug() if debug else experiment.hparams
+        experiment.check_added_keys()
+        hparams = experiment.hparams.as_used(debug=debug)
         components = _seeded_components(experiment, arguments)
         loaders = Loaders(Position(hparams.seed), debug=debug, timeout=hparams.loader_timeout)
         predicted = loaders.prepare(components.predict_dataloaders, "predict")

@@ -32,7 +32,7 @@ from typing import Any
 
 from torch_lab.errors import CheckpointError, UserError, did_you_mean, listed
 from torch_lab.files import written_whole
-from torch_lab.places import artifacts_folder, project_of
+from torch_lab.places import VERSION, artifacts_folder, project_of, unversioned
 from torch_lab.processes import FolderLock, is_alive, process_started
 from torch_lab.redaction import masked, masked_arguments, masked_diff, masked_message, masked_script
 from torch_lab.scripts import running_script
@@ -62,7 +62,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_VERSION = re.compile(r"-v(\d+)$")
 _WITHOUT_CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/@]*@")
 CODE_FILE = ".torch_lab/code.json"
 """Where an agent finds the state of the code that it got, which came without git."""
@@ -83,11 +82,6 @@ def project_root(start: Path | None = None) -> Path:
             `train_config` or `infer_config`, or else the working directory.
     """
     return project_of(start or running_script() or Path.cwd())
-
-
-def unversioned(name: str) -> str:
-    """Return the name of a run without its version."""
-    return _VERSION.sub("", name)
 
 
 def version_in(name: str, base_name: str) -> int | None:
@@ -555,7 +549,7 @@ def _checkpoint(folder: Path, name: str) -> Path:
 
 def _versions(artifacts: Path, base_name: str) -> Iterator[int]:
     for entry in os.scandir(artifacts):
-        match = _VERSION.search(entry.name)
+        match = VERSION.search(entry.name)
         if match and entry.name[: match.start()] == base_name:
             yield int(match[1])
 
@@ -577,14 +571,14 @@ def latest_unfinished(artifacts: Path, base_name: str) -> Run | None:
     return next((run for run in runs_of(artifacts, base_name) if run.state in unfinished), None)
 
 
-def find_run(artifacts: Path, wanted: str, having: str) -> Run:
+def find_run(artifacts: Path, wanted: str, having: str | None = None) -> Run:
     """Return the run that `wanted` means.
 
     Args:
         artifacts: The folder of the project's runs.
         wanted: A run's name; a name without its version, for the newest such run that has the
             checkpoint; a run's id; or the id of its ClearML task.
-        having: The name of a checkpoint that the newest run must have.
+        having: The name of a checkpoint that the newest run must have, if it must have one.
 
     Raises:
         CheckpointError: There is no such run.
@@ -602,7 +596,7 @@ def find_run(artifacts: Path, wanted: str, having: str) -> Run:
         complete = (
             folder
             for folder in candidates
-            if any(_checkpoint(folder, name).is_file() for name in serving)
+            if having is None or any(_checkpoint(folder, str(n)).is_file() for n in serving)
         )
         return Run.read(next(complete, candidates[0]))
     if re.fullmatch(r"[0-9a-f]{32}", wanted):

@@ -36,7 +36,6 @@ from torch_lab.provenance import HOOK, Recorder, copied, instrumented
 
 __all__ = [
     "Layer",
-    "copied",
     "edited_since_they_ran",
     "generation_of",
     "import_script_as_module",
@@ -195,8 +194,10 @@ def _found(path: str | Path) -> Path:
         beside = calling.parent / script
         script = script if script.is_file() and not beside.is_file() else beside
     script = script.resolve()
-    if script.is_file():
+    if script.is_file() and script.suffix == ".py":
         return script
+    if script.is_file():
+        raise ScriptError(f"{path} is not a Python script")
     if script.is_dir():
         raise ScriptError(f"{path} is a directory, not a script")
     names = (

@@ -19,6 +19,7 @@ from torch_lab.errors import CheckpointError, UserError, did_you_mean, listed
 from torch_lab.experiment import Experiment
 from torch_lab.explaining import chains
 from torch_lab.imports import unkept_imports
+from torch_lab.places import CONFIG_SCRIPT
 from torch_lab.redaction import masked, masked_script
 from torch_lab.runs import (
     Run,
@@ -33,7 +34,6 @@ from torch_lab.utils import shown
 
 __all__ = ["Line", "Side"]
 
-_CONFIG_SCRIPT: Final = "__main__.py"
 _RESUMED: Final = re.compile(r"resumed-\d+")
 
 Line: TypeAlias = Mapping[str, Any]
@@ -88,7 +88,7 @@ class Side:
             return _of_script(path)
         wanted, _, checkpoint = given.rpartition("@")
         if not wanted or _is_run(path) or _is_run(_artifacts() / given):
-            return _of_run(_found_run(given, "last"))
+            return _of_run(_found_run(given))
         return _at_checkpoint(_found_run(wanted, checkpoint), checkpoint.removesuffix(".ckpt"))
 
     def source(self, name: str) -> bytes | None:
@@ -152,7 +152,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
-def _found_run(wanted: str, having: str) -> Run:
+def _found_run(wanted: str, having: str | None = None) -> Run:
     path = Path(wanted).expanduser()
     if _is_run(path):
         return Run.read(path)
@@ -216,7 +216,7 @@ def _recorded(run: Run, **known: Any) -> Side:
     folder = _experiment_folder(run, scripts)
     root = project_root(run.folder.resolve())
     unkept = unkept_imports(scripts.values(), sources, folder, root)
-    missing = [] if folder / _CONFIG_SCRIPT in scripts else [folder / _CONFIG_SCRIPT]
+    missing = [] if folder / CONFIG_SCRIPT in scripts else [folder / CONFIG_SCRIPT]
     return Side(
         experiment=folder,
         hparams=masked(run.record.hparams),

@@ -342,10 +342,10 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     Raises:
         UserError: A script, the hparams, the components or the checkpoint are wrong.
     """
-    experiment = _with_options(experiment, options)
-    hparams = experiment.hparams
+    hparams = experiment.hparams.as_used(options.dev_run, debug=options.debug)
+    experiment = replace(experiment, hparams=hparams)
     if not options.only_checks:  # A check says so itself.
-        _warn_of_added_keys(experiment)
+        _look_at_added_keys(experiment)
     # Before the components are built: it decides on the weights that they start with.
     pl.seed_everything(hparams.seed, workers=True, verbose=False)
     with asking(options.tracking) as access:
@@ -467,21 +467,15 @@ def _is_own(source: Source | None, resumed: Run | None) -> bool:
     return source.run.record.id == resumed.record.id
 
 
-def _with_options(experiment: Experiment, options: Options) -> Experiment:
-    """Return the experiment with the hparams of a dev run, or those for debugging, if asked for."""
-    hparams = experiment.hparams
-    hparams = hparams.for_dev_run(options.dev_run) if options.dev_run else hparams
-    hparams = hparams.for_debug() if options.debug else hparams
-    return replace(experiment, hparams=hparams)
-
-
-def _warn_of_added_keys(experiment: Experiment) -> None:
+def _look_at_added_keys(experiment: Experiment) -> None:
+    """Refuse the keys that layers add, or warn of them."""
+    experiment.check_added_keys()
     added = experiment.added_keys
     for told in added[:_MOST_TOLD]:
         log.warning("%s", told)
     if added:
         rest = f", and {len(added) - _MOST_TOLD} more" if len(added) > _MOST_TOLD else ""
-        log.warning("new(…) around a value says that its key is meant as a new one%s", rest)
+        log.warning("new(…) around its value says that a key is meant to be new%s", rest)
 
 
 def with_loaders(
