@@ -32,7 +32,7 @@ from clearml_server import ClearMLServer
 from conftest import CONFIG, Lab, Result
 from torch_lab import cli
 from torch_lab.datasets import ArrayDataset, BaseDataset
-from torch_lab.overlap import NotComparableError, overlap
+from torch_lab.overlap import NotComparableError, Overlap, overlap
 
 ORDER = ["scripts", "keys", "config script", "components", "batch", "loss", "parameters"]
 ORDER += ["checkpoints", "samples", "exact", "memory", "monitor"]
@@ -289,7 +289,9 @@ def test_a_module_without_a_loss_is_not_checked_for_it(lab: Lab) -> None:
     configure(lab, (MODULE, "__import__('own').Own()\n"))
     found = found_in(lab)
     assert found["loss"]["verdict"] == "not checked"
+    assert found["loss"]["told"] == "training_step returned None"
     assert found["batch"]["verdict"] == "ok"
+    assert found["batch"]["told"].startswith("forward, backward and a step in ")
     assert found["memory"]["values"]["gradients"] == 4 * 10
 
 
@@ -341,7 +343,7 @@ def test_checkpoints_that_the_disk_has_no_room_for_are_found(
 
 
 def test_samples_on_both_sides_are_found(lab: Lab) -> None:
-    """Validation data that is training data is not ok; a sample or two is a warning."""
+    """Validation data that is training data is not ok; a sample or two of many are a warning."""
     validation = '"val_dataloaders": loader(16, 2)'
     configure(lab, (validation, '"val_dataloaders": loader(32, 1)'))
     found = found_in(lab)["samples"]
@@ -355,6 +357,17 @@ def test_samples_on_both_sides_are_found(lab: Lab) -> None:
     assert found["verdict"] == "warning", found
     assert "1 of 100 validation samples is among 32 training samples" in found["told"]
     assert "val_dataloaders[0] is train_dataloaders[3]" in found["told"]
+
+
+@pytest.mark.parametrize("often", [1, 5])
+def test_one_sample_on_both_sides_is_a_warning(lab: Lab, often: int) -> None:
+    """Among ten validation samples too, and however often it is there, as a blank image is."""
+    parts = f"[loader(32, 1).dataset[3][0].repeat({often}, 1), torch.randn({10 - often}, 4)]"
+    ten = f"DataLoader(TensorDataset(torch.cat({parts}), torch.zeros(10).long()))"
+    configure(lab, ('"val_dataloaders": loader(16, 2)', f'"val_dataloaders": {ten}'))
+    found = found_in(lab)["samples"]
+    assert f"{often} of 10 validation samples" in found["told"]
+    assert found["verdict"] == "warning", found
 
 
 def test_whether_the_run_is_exact_is_told(lab: Lab) -> None:
@@ -439,6 +452,22 @@ def test_a_checkpoint_of_a_run_is_missed_where_there_are_runs(lab: Lab) -> None:
     found = found_in(lab, lab.folder / "on.py")
     assert found["start"]["told"] == "starts from the weights in last of 00_toy-hparams-v1"
     assert [run.name for run in lab.runs] == ["00_toy-hparams-v1"]
+
+
+def test_a_checkpoint_that_holds_code_is_read_if_it_is_trusted(lab: Lab) -> None:
+    """What `train --trust-checkpoint` reads is checked with the same flag, and not without it."""
+    state = torch.nn.Linear(4, 2).state_dict()
+    names = {name: f"model.{name}" for name in state}
+    content = {"state_dict": {names[name]: state[name] for name in state}, "path": Path("x")}
+    torch.save(content, lab.root / "code.ckpt")
+    section = {"checkpoint_task_id": "code.ckpt", "weights_only": True}
+    lab.hparams("on", {"checkpoint": section})
+    found = found_in(lab, lab.folder / "on.py")["start"]
+    assert found["verdict"] == "warning"
+    assert "code.ckpt holds more than tensors and plain values" in found["told"]
+    found = found_in(lab, lab.folder / "on.py", "--trust-checkpoint")["start"]
+    assert found["verdict"] == "ok"
+    assert found["told"].startswith("starts from the weights in")
 
 
 def test_no_task_is_made(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -696,6 +725,19 @@ def test_when_time_is_up_the_numbers_say_so() -> None:
     assert time.monotonic() - started < 3
     assert found.validation == 9 and 9 < found.training < 1_000_000
     assert found.share == min(1.0, found.count / 9 / (found.training / 1_000_000))
+
+
+def test_a_share_is_credible_if_different_samples_coincide() -> None:
+    """The share is reckoned up, and less sure the fewer different samples coincide."""
+    one = Overlap(10, 1, validation=1000, training=5, of_validation=1000, of_training=1_000_000)
+    assert (one.share, one.credible_share) == (1.0, 0.0)
+    assert str(one).endswith("1,000 and 1,000,000 were compared")
+    many = Overlap(64, 64, validation=1600, training=2400, of_validation=9000, of_training=48_000)
+    assert many.share == pytest.approx(0.8)
+    assert many.credible_share == pytest.approx(0.7)
+    assert str(many).endswith("9,000 and 48,000 were compared: about 80 % of all")
+    two = Overlap(2, 2, validation=2, training=2, of_validation=1000, of_training=1000)
+    assert two.credible_share > 0.05
 
 
 def test_labels_and_numbers_of_samples_do_not_count() -> None:

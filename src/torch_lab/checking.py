@@ -30,11 +30,19 @@ __all__ = ["Checked", "Report", "check"]
 _TITLES: Final = ("check", "result", "what was found")
 _TITLES_OF_SEVERAL: Final = ("script", "result", "first problem")
 _ALWAYS: Final = (
-    *("config script", "components", "batch", "loss", "parameters", "checkpoints", "samples"),
-    *("exact", "memory"),
+    "config script",
+    "components",
+    "batch",
+    "loss",
+    "parameters",
+    "checkpoints",
+    "samples",
+    "exact",
+    "memory",
 )
 """What there is something to say of, unless what is before it is not ok."""
-_NO_SCRIPTS_OF_HPARAMS: Final = ("__main__.py", "__init__.py")
+_CONFIG_SCRIPT: Final = "__main__.py"
+_NO_SCRIPTS_OF_HPARAMS: Final = (_CONFIG_SCRIPT, "__init__.py")
 
 
 @dataclass(frozen=True)
@@ -83,14 +91,14 @@ class Report:
         told = "" if first is None else f"{first.check}: {self._told(first)}"
         return shown(self.script), self.result, told
 
-    def details(self, *, told: int) -> Iterator[str]:
+    def details(self, *, in_table: int) -> Iterator[str]:
         """Yield the lines of the problems that the table has no room for.
 
         Args:
-            told: Of how many problems it has a line.
+            in_table: Of how many problems it has a line.
         """
         for place, finding in enumerate(self.problems):
-            if place >= told:
+            if place >= in_table:
                 yield f"{finding.check}: {self._told(finding)}"
             elif finding.details:
                 yield f"{finding.check}:"
@@ -140,8 +148,8 @@ class Checked:
             print(f"skipped, as they hold no hparams of an experiment: {names}", file=file)
 
 
-def _print_details(report: Report, told: int, file: TextIO) -> None:
-    if lines := list(report.details(told=told)):
+def _print_details(report: Report, in_table: int, file: TextIO) -> None:
+    if lines := list(report.details(in_table=in_table)):
         print(shown(report.script), *(f"  {line}" for line in lines), "", sep="\n", file=file)
 
 
@@ -150,6 +158,7 @@ def check(
     *,
     batch: bool = True,
     tracking: str = "auto",
+    trust_checkpoint: bool = False,
     set: Mapping[str, Any] | None = None,
     unset: Sequence[str] = (),
 ) -> Checked:
@@ -163,6 +172,7 @@ def check(
         batch: Whether to make the components, and pass a batch through them.
         tracking: `auto` to ask a ClearML server, if there is one, for checkpoints and datasets that
             are not here; `offline` to touch nothing of ClearML.
+        trust_checkpoint: Read checkpoints that hold code, which can do anything that you can.
         set: Values for keys of all scripts, as `Experiment.load` takes them.
         unset: Keys to remove from all of them.
 
@@ -171,30 +181,44 @@ def check(
         Interrupted: A signal asked to end.
     """
     given = list(dict.fromkeys(paths))
-    skipped = [path for path in given if _holds_none(path)]
+    skipped = [path for path in given if _holds_no_hparams(path)]
     scripts = [path for path in given if path not in skipped]
     if not scripts:
         raise UserError(
             f"there is no hparams script among: {listed(map(shown, given))}",
             "an hparams script assigns a dictionary to the name hparams",
         )
-    several = batch and len(scripts) > 1
-    load = functools.partial(Experiment.load, set=set, unset=unset)
+    look = functools.partial(
+        _report,
+        functools.partial(Experiment.load, set=set, unset=unset),
+        batch=batch,
+        tracking=tracking,
+        trust_checkpoint=trust_checkpoint,
+    )
+    reports = _reports(look, scripts, several=batch and len(scripts) > 1)
+    skipped += [path for path in scripts if path not in reports]
+    return Checked([reports[path] for path in scripts if path in reports], skipped)
+
+
+def _reports(
+    look: Callable[[Path], Report], scripts: Sequence[Path], *, several: bool
+) -> dict[Path, Report]:
+    """Look at each script but those of which others are made, and return what was found."""
     reports: dict[Path, Report] = {}
-    with Console(as_json=True) as console:
-        # Where no config script is, another one's layers may be: those are known at the end.
-        for place, path in enumerate(sorted(scripts, key=_is_beside_none)):
+    with Console(as_json=True) as console:  # Only results go to stdout.
+        # A base without a config script beside it is skipped if others stand on it: so those come
+        # last.
+        for place, path in enumerate(sorted(scripts, key=_has_no_config_script)):
             layers = {layer for report in reports.values() for layer in report.layers}
-            if _is_beside_none(path) and path.resolve() in layers:
-                skipped.append(path)
+            if _has_no_config_script(path) and path.resolve() in layers:
                 continue
             if several:
                 console.progress(shown(path), place / len(scripts))
             with _memory_given_back() if several else contextlib.nullcontext():
-                reports[path] = _report(load, path, batch=batch, tracking=tracking)
+                reports[path] = look(path)
         if several:
             console.no_progress()
-    return Checked([reports[path] for path in scripts if path in reports], skipped)
+    return reports
 
 
 @contextlib.contextmanager
@@ -208,7 +232,7 @@ def _memory_given_back() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _holds_none(path: Path) -> bool:
+def _holds_no_hparams(path: Path) -> bool:
     """Return whether a file is a Python script that binds no hparams."""
     if path.name in _NO_SCRIPTS_OF_HPARAMS:
         return path.is_file()
@@ -230,12 +254,17 @@ def _holds_none(path: Path) -> bool:
     return not (binds_hparams(tree) or any(stars))
 
 
-def _is_beside_none(path: Path) -> bool:
-    return not path.with_name("__main__.py").is_file()
+def _has_no_config_script(path: Path) -> bool:
+    return not path.with_name(_CONFIG_SCRIPT).is_file()
 
 
 def _report(
-    load: Callable[[Path], Experiment], path: Path, *, batch: bool, tracking: str
+    load: Callable[[Path], Experiment],
+    path: Path,
+    *,
+    batch: bool,
+    tracking: str,
+    trust_checkpoint: bool,
 ) -> Report:
     findings = Findings()
     layers: list[Path] = []
@@ -255,7 +284,7 @@ def _report(
         if batch:
             from torch_lab.probe import probe
 
-            probe(experiment, findings, tracking)
+            probe(experiment, findings, tracking, trust_checkpoint=trust_checkpoint)
     found = {finding.check for finding in findings.all}
     if rest := [name for name in (_ALWAYS if batch else _ALWAYS[:1]) if name not in found]:
         findings.add("the rest", Verdict.NOT_CHECKED, ", ".join(rest))

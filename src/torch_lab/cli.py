@@ -573,12 +573,20 @@ def diff(one: str, other: str, exit_code: bool, verbose: bool, as_json: bool) ->
 @_unset
 @_strict
 @click.option(
-    "--no-batch", is_flag=True, help="Look at scripts and keys alone: make no model, read no data."
+    "--no-batch",
+    is_flag=True,
+    help="Look at scripts, keys, config scripts and structures alone: make no model, read no data.",
 )
 @_offline
+@_trust
 @_json
 def check(
-    paths: tuple[Path, ...], no_batch: bool, offline: bool, as_json: bool, **overrides: Any
+    paths: tuple[Path, ...],
+    no_batch: bool,
+    offline: bool,
+    trust_checkpoint: bool,
+    as_json: bool,
+    **overrides: Any,
 ) -> int:
     """Check the hparams scripts at PATH... as far as can be without training.
 
@@ -588,9 +596,12 @@ def check(
     with _failures(debug=False):
         from torch_lab import checking
 
-        tracking = "offline" if offline else "auto"
         checked = checking.check(
-            paths, batch=not no_batch, tracking=tracking, **_overrides(overrides)
+            paths,
+            batch=not no_batch,
+            tracking="offline" if offline else "auto",
+            trust_checkpoint=trust_checkpoint,
+            **_overrides(overrides),
         )
         if as_json:
             click.echo(json.dumps(checked.record()))

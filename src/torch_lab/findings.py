@@ -107,11 +107,9 @@ class Findings:
         """End the check of the script: nothing that would come needs to be looked at, or can be."""
         raise _Ended
 
-    @contextlib.contextmanager
-    def until_the_end(self) -> Iterator[None]:
+    def until_the_end(self) -> contextlib.suppress:
         """Go through the steps of a script, as far as they can be gone."""
-        with contextlib.suppress(_Ended):
-            yield
+        return contextlib.suppress(_Ended)
 
 
 def _words_of(error: BaseException) -> tuple[str, str]:

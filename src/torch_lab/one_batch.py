@@ -32,7 +32,13 @@ from torch_lab.utils import shown
 __all__ = ["Seen", "Sizes", "pass_one"]
 
 _LEFT_OUT: Final = (
-    *("barebones", "callbacks", "fast_dev_run", "max_time", "min_epochs", "min_steps", "profiler"),
+    "barebones",
+    "callbacks",
+    "fast_dev_run",
+    "max_time",
+    "min_epochs",
+    "min_steps",
+    "profiler",
 )
 """Arguments of the `Trainer` that say nothing of a batch, or write something somewhere."""
 _ON_A_CPU: Final = {
@@ -76,7 +82,7 @@ class Seen:
     trained: int = 0
     """How many of them are."""
     without_gradient: list[str] | None = None
-    """Which trained ones no backward pass has reached; None if none is known of."""
+    """Which trained ones no backward pass has reached; None before a backward pass."""
     classes: int | None = None
     """Among how many the network chooses, if its loss says that it does."""
     sizes: Sizes = field(default_factory=Sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Overlap:
     """How many of the validation samples are among the training samples."""
 
     count: int
+    different: int
+    """How many samples those are if the same one counts once, however often it is there."""
     validation: int
     """How many validation samples were looked at."""
     training: int
@@ -59,6 +62,11 @@ class Overlap:
         looked_at = self.validation * self.training / self.of_training if self.of_training else 0
         return min(1.0, self.count / looked_at) if looked_at else 0.0
 
+    @property
+    def credible_share(self) -> float:
+        """The share without its standard error; 0 where all that coincides is one and the same."""
+        return self.share * (1 - 1 / math.sqrt(self.different)) if self.different else 0.0
+
     def __str__(self) -> str:
         count = f"{self.count:,}" if self.count else "none"
         verb = "are" if self.count > 1 else "is"
@@ -66,9 +74,8 @@ class Overlap:
         told += f"training samples{self.example}"
         if (self.validation, self.training) == (self.of_validation, self.of_training):
             return told
-        return (
-            f"{told}; no more of the {self.of_validation:,} and {self.of_training:,} were compared"
-        )
+        told += f"; no more of the {self.of_validation:,} and {self.of_training:,} were compared"
+        return f"{told}: about {100 * self.share:.3g} % of all" if self.different > 1 else told
 
 
 def overlap(
@@ -106,6 +113,7 @@ def overlap(
     example = next((f": {known[each][0]} is {found[each]}" for each in found), "")
     return Overlap(
         count=sum(len(known[digest]) for digest in found),
+        different=len(found),
         validation=looked_at,
         training=compared,
         of_validation=sum(len(samples.order) for samples in first),
@@ -128,7 +136,8 @@ class _Samples:
         dataset = given_to(loader, "dataset") if isinstance(loader, DataLoader) else loader
         length = length_of(dataset)
         has_places = hasattr(dataset, "__getitem__") and length is not None
-        if not isinstance(loader, DataLoader) or not has_places or _is_iterable(dataset):
+        has_places = has_places and not isinstance(dataset, IterableDataset)
+        if not isinstance(loader, DataLoader) or not has_places:
             kind = type(dataset).__name__
             raise NotComparableError(f"{name} has a {kind}, in which samples cannot be looked up")
         sampler = given_to(loader, "batch_sampler") or given_to(loader, "sampler")
@@ -157,10 +166,6 @@ def _digests(side: Sequence[_Samples], until: float) -> Iterator[tuple[bytes, st
     for number, samples in enumerate(side):
         now = time.monotonic()
         yield from samples.digests(now + (until - now) / (len(side) - number))
-
-
-def _is_iterable(dataset: object) -> bool:
-    return isinstance(dataset, IterableDataset)
 
 
 def _indices(sampler: Any, length: int) -> Sequence[Any]:

@@ -41,7 +41,13 @@ _ROOM: Final = 0.5
 """The loss of a few samples is not that of all: it is let lie so much higher."""
 
 
-def probe(experiment: Experiment, findings: Findings, tracking: str = "auto") -> None:
+def probe(
+    experiment: Experiment,
+    findings: Findings,
+    tracking: str = "auto",
+    *,
+    trust_checkpoint: bool = False,
+) -> None:
     """Note what there is to find of a training of `experiment`, short of training it.
 
     Args:
@@ -49,16 +55,25 @@ def probe(experiment: Experiment, findings: Findings, tracking: str = "auto") ->
         findings: Where it is noted.
         tracking: `auto` to ask a ClearML server, if there is one, for checkpoints and datasets that
             are not here; `offline` to touch nothing of ClearML.
+        trust_checkpoint: Read a checkpoint that holds code, which can do anything that you can.
     """
     with tempfile.TemporaryDirectory(prefix="torch-lab-check-") as folder, _torch_as_it_is():
-        options = Options(artifacts=Path(folder), tracking=tracking, only_checks=True)
+        options = Options(
+            artifacts=Path(folder), tracking=tracking, trust=trust_checkpoint, only_checks=True
+        )
         training = _training(experiment, findings, options)
         training.run.folder.mkdir()  # For what the module logs.
         with contextlib.closing(training.logger):
             with findings.step("batch"):
                 seen = pass_one(training)
             _note_batch(training, seen, findings)
-            _note_all_others(training, seen, findings)
+            _note_loss(training, seen, findings)
+            _note_parameters(seen, findings)
+            _note_checkpoints(training, seen, findings)
+            _note_samples(seen, findings)
+            _note_exactness(seen, findings)
+            _note_memory(seen, findings)
+            _note_monitor(training, seen, findings)
 
 
 @contextlib.contextmanager
@@ -148,35 +163,16 @@ def _note_batch(training: Training, seen: Seen, findings: Findings) -> None:
     stages = {"val_dataloader": "validation", "test_dataloader": "test"}
     others = [stage for hook, stage in stages.items() if hook in training.components.hooks]
     also = f"; one of {' and '.join(others)} too" if others else ""
-    told = f"forward and backward in {seen.seconds:.2g} s{also}"
+    told = f"forward, backward and a step in {seen.seconds:.2g} s{also}"
     findings.ok("batch", told, seconds=seen.seconds)
     if without := seen.without_gradient:
         count = f"{len(without)} parameter{'s' * (len(without) > 1)}"
         findings.warn("batch", f"no gradient comes to {count}: {listed(without)}")
 
 
-def _note_all_others(training: Training, seen: Seen, findings: Findings) -> None:
-    _note_loss(training, seen, findings)
-    total, trained = seen.parameters, seen.trained
-    how_many = "all of them trained" if trained == total else f"{trained:,} of them trained"
-    findings.ok("parameters", f"{total:,}, {how_many}", parameters=total, trained=trained)
-    _note_checkpoints(training, seen, findings)
-    _note_samples(seen, findings)
-    if seen.reasons:
-        findings.warn("exact", f"not after an interruption: {'; '.join(seen.reasons)}")
-    else:
-        findings.ok("exact", "interrupted and resumed, it ends with the same bits")
-    _note_memory(seen, findings)
-    with findings.step("monitor"):
-        if seen.logged is not None:
-            training.check_monitors(seen.logged)
-            if training.hparams.monitor in seen.logged:
-                findings.ok("monitor", training.hparams.monitor)
-
-
 def _note_loss(training: Training, seen: Seen, findings: Findings) -> None:
     if seen.loss is None:
-        findings.add("loss", Verdict.NOT_CHECKED, "training_step returned none")
+        findings.add("loss", Verdict.NOT_CHECKED, "training_step returned None")
         return
     told, values = f"{seen.loss:.4g} at the start", {"loss": seen.loss}
     if training.start.source is not None:
@@ -192,6 +188,12 @@ def _note_loss(training: Training, seen: Seen, findings: Findings) -> None:
         findings.warn("loss", f"{told}: {why}", **values, guess=guess)
     else:
         findings.ok("loss", told, **values, guess=guess)
+
+
+def _note_parameters(seen: Seen, findings: Findings) -> None:
+    total, trained = seen.parameters, seen.trained
+    how_many = "all of them trained" if trained == total else f"{trained:,} of them trained"
+    findings.ok("parameters", f"{total:,}, {how_many}", parameters=total, trained=trained)
 
 
 def _note_checkpoints(training: Training, seen: Seen, findings: Findings) -> None:
@@ -215,10 +217,17 @@ def _note_samples(seen: Seen, findings: Findings) -> None:
     elif isinstance(found, str):
         findings.add("samples", Verdict.NOT_CHECKED, found)
     else:
-        is_mistake = found.share >= _SHARED_BY_MISTAKE
+        is_mistake = found.credible_share >= _SHARED_BY_MISTAKE
         few = Verdict.WARNING if found.count else Verdict.OK
         values = {name: value for name, value in vars(found).items() if name != "example"}
         findings.add("samples", Verdict.NOT_OK if is_mistake else few, str(found), **values)
+
+
+def _note_exactness(seen: Seen, findings: Findings) -> None:
+    if seen.reasons:
+        findings.warn("exact", f"not after an interruption: {'; '.join(seen.reasons)}")
+    else:
+        findings.ok("exact", "interrupted and resumed, it ends with the same bits")
 
 
 def _note_memory(seen: Seen, findings: Findings) -> None:
@@ -227,6 +236,14 @@ def _note_memory(seen: Seen, findings: Findings) -> None:
     rest = "" if seen.is_measured else "; with torch.func, activations cannot be measured"
     told = f"about {_size(sizes.total)}: {parts}{rest}"
     findings.ok("memory", told, bytes=sizes.total, **vars(sizes))
+
+
+def _note_monitor(training: Training, seen: Seen, findings: Findings) -> None:
+    with findings.step("monitor"):
+        if seen.logged is not None:
+            training.check_monitors(seen.logged)
+            if training.hparams.monitor in seen.logged:
+                findings.ok("monitor", training.hparams.monitor)
 
 
 def _size(count: int) -> str:
