@@ -21,6 +21,7 @@ from torch_lab.samplers import Position
 from torch_lab.workers import explained
 
 PARENT = """
+import os
 import time
 from torch.utils.data import DataLoader, Dataset
 from torch_lab.loaders import Loaders
@@ -32,7 +33,7 @@ class Slow(Dataset):
         return 8
 
     def __getitem__(self, index):
-        print(index, flush=True)
+        os.write(1, b"%d\\n" % index)  # In one piece: the other worker writes too.
         time.sleep(600)
 
 
@@ -48,11 +49,13 @@ def test_no_worker_outlives_its_parent(context: str, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(context=context))
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        assert {parent.stdout.readline() for _ in range(2)} == {b"0\n", b"1\n"}
-        children = psutil.Process(parent.pid).children(recursive=True)
-        assert len(children) >= 2
-        parent.kill()
+        try:
+            assert parent.stdout is not None
+            assert {parent.stdout.readline() for _ in range(2)} == {b"0\n", b"1\n"}
+            children = psutil.Process(parent.pid).children(recursive=True)
+            assert len(children) >= 2
+        finally:
+            parent.kill()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
 

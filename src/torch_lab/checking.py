@@ -5,11 +5,9 @@ Nothing heavy is imported for a look at scripts and keys; for a batch, `torch_la
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import gc
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ from torch_lab.errors import HparamsError, UserError, listed
 from torch_lab.experiment import Experiment
 from torch_lab.explaining import layer_warnings
 from torch_lab.findings import Finding, Findings, Verdict
+from torch_lab.imports import parsed
+from torch_lab.places import CONFIG_SCRIPT
 from torch_lab.provenance import binds_hparams
 from torch_lab.runs import project_root
 from torch_lab.utils import shown
@@ -41,8 +41,7 @@ _ALWAYS: Final = (
     "memory",
 )
 """What there is something to say of, unless what is before it is not ok."""
-_CONFIG_SCRIPT: Final = "__main__.py"
-_NO_SCRIPTS_OF_HPARAMS: Final = (_CONFIG_SCRIPT, "__init__.py")
+_NO_SCRIPTS_OF_HPARAMS: Final = (CONFIG_SCRIPT, "__init__.py")
 
 
 @dataclass(frozen=True)
@@ -239,23 +238,13 @@ def _holds_no_hparams(path: Path) -> bool:
     if path.suffix != ".py" or not path.is_file():
         return False
     try:
-        with warnings.catch_warnings():
-            # What the script deserves to be warned of, it is warned of when it runs.
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes(), str(path))
-    except (SyntaxError, ValueError, RecursionError):  # The check says what is wrong with it.
+        return not binds_hparams(parsed(path.read_bytes()))
+    except SyntaxError:  # The check says what is wrong with it.
         return False
-    stars = (
-        alias.name == "*"
-        for statement in tree.body
-        if isinstance(statement, ast.ImportFrom)
-        for alias in statement.names
-    )
-    return not (binds_hparams(tree) or any(stars))
 
 
 def _has_no_config_script(path: Path) -> bool:
-    return not path.with_name(_CONFIG_SCRIPT).is_file()
+    return not path.with_name(CONFIG_SCRIPT).is_file()
 
 
 def _report(
