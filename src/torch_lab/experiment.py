@@ -222,6 +222,8 @@ class Experiment:
     def train_components(self) -> TrainComponents:
         """Return what `train_config` makes of the hparams; warn of keys that it has not read.
 
+        What a component holds it may read later: of that nothing is said.
+
         Raises:
             ScriptError: The config script does not compile.
             HparamsError: There are keys in `config` that it has not read, and hparams are strict.
@@ -312,7 +314,10 @@ class Experiment:
         function: object = getattr(module, name)
         if not callable(function):
             raise ComponentsError(f"{where}: {name} is no function: {function!r}")
-        signature = inspect.signature(function)
+        try:
+            signature = inspect.signature(function)
+        except ValueError as error:  # Such as of a partial that nothing fits.
+            raise ComponentsError(f"{where}: {name}: {error}") from None
         try:
             signature.bind({}, *arguments)
         except TypeError as error:

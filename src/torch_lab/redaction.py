@@ -117,14 +117,18 @@ def secrets_in(values: Any) -> list[str]:
 
 
 def _under_secret_keys(value: Any, *, secret: bool = False) -> Iterator[str]:
-    if isinstance(value, str) and secret:
-        yield value
+    if isinstance(value, (str, bytes)) and secret:
+        yield _as_text(value)
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _under_secret_keys(item, secret=secret or _is_secret_key(key))
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
             yield from _under_secret_keys(item, secret=secret)
+
+
+def _as_text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("latin-1")
 
 
 def masked(value: Any) -> Any:
@@ -173,6 +177,8 @@ class _Masking:
                 key: self.of(item, secret=secret or _is_secret_key(key))
                 for key, item in value.items()
             }
+        if isinstance(value, bytes):
+            secret |= any(each in _as_text(value) for each in self._secrets)
         is_number = value is None or isinstance(value, (bool, int, float, complex))
         return MASK if secret and not is_number else value
 
