@@ -6,15 +6,19 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import CONFIG, Lab, Result
-from torch_lab import cli
+from torch_lab import cli, comparing
+from torch_lab.code_changes import Kind, code_changes
+from torch_lab.comparing import _hparams_differences
 from torch_lab.experiment import Experiment
 from torch_lab.runs import Run, artifacts_folder, encoded
+from torch_lab.sides import Side
 
 LAYER = """
 from torch_lab.utils import import_script_as_module
@@ -183,6 +187,24 @@ def test_a_section_that_is_empty_on_one_side_is_no_value(lab: Lab) -> None:
     ]
 
 
+def test_keys_are_compared_with_few_others(lab: Lab) -> None:
+    """Empty sections that one side has alone are looked up, not searched for in all keys."""
+    compared = []
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    side = Side.of(str(lab.hparams("hparams", {"config": {}})))
+    full, bare = ({Name(f"{kind}{n}"): {} for n in range(300)} for kind in ("one", "two"))
+    found = _hparams_differences(replace(side, hparams=full), replace(side, hparams=bare))
+    assert len(list(found)) == 600
+    assert len(compared) < 20 * 600
+
+
 def test_lists_of_dictionaries_are_compared_by_element(lab: Lab) -> None:
     """The key leads to the value that differs, the line is that of the list."""
     one = lab.write(
@@ -309,6 +331,16 @@ def test_the_lines_of_a_change_are_shown(lab: Lab) -> None:
     assert "@@" not in long
 
 
+def test_the_line_is_that_of_the_change(lab: Lab) -> None:
+    """Not that of a docstring above it, which differs as well."""
+    before = "if True:\n    'one'\n    a = 1\n\nz = 1\n"
+    after = before.replace("one", "two\n    more".replace("\n", " ")).replace("z = 1", "z = 2")
+    (change,) = code_changes(before.encode(), after.encode())
+    assert (change.kind, change.line_before, change.line_after) == (Kind.CHANGED, 5, 5)
+    (change,) = code_changes(before.encode(), after.replace("z = 2", "z = 1").encode())
+    assert (change.kind, change.line_before, change.line_after) == (Kind.DOCSTRING, 1, 1)
+
+
 def test_methods_and_classes_are_parts(lab: Lab) -> None:
     """A class that is new is one line; of one that changed its methods are."""
     lab.write("nets.py", MODEL)
@@ -422,13 +454,19 @@ def test_files_that_one_side_has(lab: Lab) -> None:
     assert changes() == {config, new, ("first.py", "file", "removed")}
 
 
-def test_what_a_run_has_not_kept_is_not_compared(lab: Lab) -> None:
+def test_what_a_run_has_not_kept_is_not_compared(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named, and nobody claims that it is new or that all is equal."""
     project(lab)
     run = recorded(lab, lab.path)
     (run.folder / "sources/toys/models.py").unlink()
     (run.folder / "sources/toys/blocks.py").unlink()
+    looked_at: list[bytes | None] = []
+    original = comparing.code_changes
+    monkeypatch.setattr(
+        comparing, "code_changes", lambda *both: looked_at.extend(both) or original(*both)
+    )
     found = record(lab, run.name, lab.path)
+    assert looked_at and None not in looked_at
     assert (found["code"], found["equal"]) == ([], True)
     assert found["not_compared"] == ["toys/blocks.py", "toys/models.py"]
     told = lines_of(diff(lab, run.name, lab.path).out)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from torch_lab import suggestions
 from torch_lab.suggestions import nearest_key
 
 TEXT = """
@@ -128,6 +129,7 @@ def test_the_key_that_was_meant_is_suggested() -> None:
         ("config.learningRate", "config.learning_rate"),
         ("LR", "config.optimizer.lr"),
         ("config.optimizer.lt", "config.optimizer.lr"),
+        ("lt", "config.optimizer.lr"),
         ("config_learning_rate", "config.learning_rate"),
         ("config.optimizers[2].lr", "config.optimizers[1].lr"),
         ("config.optimizers.1.momentum", "config.optimizers[1].momentum"),
@@ -160,3 +162,43 @@ def test_the_first_of_equals() -> None:
     keys = ["config.loss.gamma", "config.noise.gamma"]
     assert nearest_key("gamma", keys) == "config.loss.gamma"
     assert nearest_key("gamma", reversed(keys)) == "config.noise.gamma"
+
+
+@pytest.mark.parametrize(
+    ("typed", "other"),
+    [
+        ("config.optimizer.lr", "config.optimizer.wd"),
+        ("config.optimizer.betas", "config.optimizer.eps"),
+        ("config.augmentation.crop", "config.augmentation.flip"),
+        ("config.b", "config.m"),
+        ("config.model.x", "config.model.y"),
+    ],
+)
+def test_a_section_in_common_makes_no_name_near(typed: str, other: str) -> None:
+    """However long it is: who is right about the section has not mistyped that name."""
+    assert nearest_key(typed, [other]) is None
+
+
+def calls(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """Return a list of the arguments of all calls of a function from now on."""
+    found: list[tuple[object, ...]] = []
+    original = getattr(suggestions, name)
+    monkeypatch.setattr(suggestions, name, lambda *args: found.append(args) or original(*args))
+    return found
+
+
+def test_sections_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for each way through them, nor for each of the keys that share them."""
+    compared = calls("_difference", monkeypatch)
+    typed = ".".join(f"inner{number}" for number in range(7)) + ".learning_rate"
+    keys = [".".join("section" + "x" * number for number in range(7)) + f".lr{n}" for n in range(9)]
+    assert nearest_key(typed, keys) is None
+    assert nearest_key(typed.replace("rate", "rat"), [*keys, *[f"{keys[0]}.learning_rate"]])
+    assert len(compared) <= 2 * (7 * 8 + len(keys) + 2)
+
+
+def test_names_of_other_letters_are_not_edited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of keys are compared with each other: most of them are far from each other."""
+    edited = calls("_edits", monkeypatch)
+    assert nearest_key("config.learning_rat", ["config.momentum_of", "config.learning_rate"])
+    assert {wanted for _, wanted in edited} == {"learningrate", "configlearningrate"}

@@ -10,8 +10,9 @@ import ast
 import copy
 import difflib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 from torch_lab.imports import parsed
@@ -108,11 +109,10 @@ def _parts(source: bytes) -> dict[str, tuple[_Piece, ...]]:
     tree = parsed(source)
     # Only these end a line to the parser.
     lines = source.decode("utf-8", errors="replace").replace("\r\n", "\n").split("\n")
-    named = [*_named(tree.body, "", MODULE_LEVEL)]
-    trees = [ast.dump(node) for _, node in named]
     parts: dict[str, tuple[_Piece, ...]] = {}
-    for (name, node), whole in zip(named, trees, strict=True):
-        piece = _Piece(node.lineno, _text(node, lines), whole, _bare(node))
+    for name, node in _named(tree.body, "", MODULE_LEVEL):
+        text, whole = _text(node, lines), ast.dump(node)
+        piece = _Piece(node.lineno, text, whole, _bare(node))
         parts[name] = (*parts.get(name, ()), piece)
     return parts
 
@@ -170,7 +170,10 @@ def _change(name: str, old: Sequence[_Piece], new: Sequence[_Piece]) -> CodeChan
         return CodeChange(kind, name, _first_line(old), _first_line(new))
     is_docstring = [piece.bare for piece in bare_old] == [piece.bare for piece in bare_new]
     kind = Kind.DOCSTRING if is_docstring else Kind.CHANGED
-    places = _places(old, new) if is_docstring else _places(bare_old, bare_new)
+    if is_docstring:
+        places = _places(old, new, attrgetter("tree"))
+    else:
+        places = _places(bare_old, bare_new, attrgetter("bare"))
     return CodeChange(kind, name, *places, lines=tuple(_diff(old, new)))
 
 
@@ -178,11 +181,14 @@ def _first_line(pieces: Sequence[_Piece]) -> int | None:
     return pieces[0].line if pieces else None
 
 
-def _places(old: Sequence[_Piece], new: Sequence[_Piece]) -> tuple[int | None, int | None]:
-    """Return the lines of the first statements that differ."""
+def _places(
+    old: Sequence[_Piece], new: Sequence[_Piece], compared: Callable[[_Piece], str]
+) -> tuple[int | None, int | None]:
+    """Return the lines of the first statements that differ in what is `compared` of them."""
     pairs = enumerate(zip(old, new, strict=False))
     shorter = min(len(old), len(new))
-    first = next((index for index, (one, other) in pairs if one.tree != other.tree), shorter)
+    differing = (at for at, (one, other) in pairs if compared(one) != compared(other))
+    first = next(differing, shorter)
     lines = [side[min(first, len(side) - 1)].line if side else None for side in (old, new)]
     return lines[0], lines[1]
 

@@ -177,13 +177,14 @@ def compared(one: str, other: str) -> Comparison:
     """
     before, after = Side.of(one), Side.of(other)
     names = sorted({*before.code, *after.code})
-    unknown = [name for name in names if before.is_in_doubt(name) or after.is_in_doubt(name)]
-    files = [FileDifference(name, _changes(name, before, after)) for name in names]
+    unknown = {name for name in names if before.is_in_doubt(name) or after.is_in_doubt(name)}
+    known = [name for name in names if name not in unknown]
+    files = [FileDifference(name, _changes(name, before, after)) for name in known]
     return Comparison(
         before,
         after,
         list(_hparams_differences(before, after)),
-        [file for file in files if file.changes and file.name not in unknown],
+        [file for file in files if file.changes],
         list(_differences(before.packages, after.packages)),
         list(_differences(*_results(before, after))),
         sorted({*unknown, *before.unknown, *after.unknown}),
@@ -241,9 +242,11 @@ def _items(value: Any) -> Iterator[tuple[Hashable, Any]]:
 
 def _hparams_differences(before: Side, after: Side) -> Iterator[Difference]:
     one, other = dict(_leaves(before.hparams)), dict(_leaves(after.hparams))
-    for key in dict.fromkeys([*one, *other]):
+    keys = dict.fromkeys([*one, *other])
+    sections = {key[:end] for key in keys for end in range(len(key))}
+    for key in keys:
         leaves = one.get(key), other.get(key)
-        if _differ(*leaves) and not _is_filled(key, *leaves, [*one, *other]):
+        if _differ(*leaves) and not (key in sections and _is_filled(*leaves)):
             place = next(leaf.place for leaf in leaves if leaf is not None)
             values = _setting(before, key, place, leaves[0]), _setting(after, key, place, leaves[1])
             yield Difference(spelt(key), *values)
@@ -255,11 +258,10 @@ def _differ(one: _Leaf | None, other: _Leaf | None) -> bool:
     return _fingerprint(one.value) != _fingerprint(other.value)
 
 
-def _is_filled(key: Key, one: _Leaf | None, other: _Leaf | None, every: Sequence[Key]) -> bool:
-    """Return whether it is an empty dictionary, in which the other side has values."""
+def _is_filled(one: _Leaf | None, other: _Leaf | None) -> bool:
+    """Return whether a section is an empty dictionary, in which the other side has values."""
     is_empty = any(leaf is not None and leaf.value == {} for leaf in (one, other))
-    is_missing = one is None or other is None
-    return is_empty and is_missing and any(known[: len(key)] == key != known for known in every)
+    return is_empty and (one is None or other is None)
 
 
 def _fingerprint(value: Any) -> str:

@@ -24,8 +24,13 @@ def contents(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """
     if isinstance(value, Tensor) and not value.is_nested:
         yield f"{path} {value.dtype} {tuple(value.shape)}", _bytes(value)
-    elif isinstance(value, np.ndarray) and value.dtype != object:
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         yield f"{path} {value.dtype} {value.shape}", value.tobytes()
+    elif isinstance(value, (np.ndarray, np.void)) and value.dtype.names and value.dtype.hasobject:
+        # Its bytes are addresses of objects.
+        yield f"{path} {value.dtype} {value.shape}", None
+    elif isinstance(value, np.ndarray) and not value.ndim:
+        yield from contents(value.item(), path)
     elif isinstance(value, (Mapping, list, tuple, np.ndarray, Tensor)) or _is_record(value):
         for key, part in _items(value):
             yield from contents(part, f"{path}/{key}")

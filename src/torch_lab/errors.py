@@ -29,6 +29,7 @@ import difflib
 import enum
 import signal
 from collections.abc import Iterable
+from typing import Final
 
 __all__ = [
     "CheckpointError",
@@ -52,6 +53,9 @@ __all__ = [
     "did_you_mean",
     "listed",
 ]
+
+_LEAST_ALIKE: Final = 0.6
+"""How much a name must have in common with the one that is suggested for it."""
 
 
 class ExitCode(enum.IntEnum):
@@ -206,9 +210,20 @@ class Interrupted(BaseException):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return `"; did you mean X?"` for the choice nearest to `name`, or `""` when none is near."""
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return `"; did you mean X?"` for the choice nearest to `name`, or `""` when none is near.
+
+    Case does not count. Of several that are as near, the first is named; of a set, that of the
+    alphabet.
+    """
+    matcher = difflib.SequenceMatcher(b=name.casefold())
+    near, nearest = "", 0.0
+    for choice in sorted(choices) if isinstance(choices, (set, frozenset)) else choices:
+        matcher.set_seq1(choice.casefold())
+        # Each is at least as much as the next, and quicker.
+        ratios = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+        if all(ratio() >= _LEAST_ALIKE for ratio in ratios) and matcher.ratio() > nearest:
+            near, nearest = choice, matcher.ratio()
+    return f"; did you mean {near}?" if near else ""
 
 
 def listed(things: Iterable[object], most: int = 3) -> str:

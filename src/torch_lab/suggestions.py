@@ -6,9 +6,10 @@ section knows the name. So the two are compared apart, and a name weighs more.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeAlias
 
 __all__ = ["nearest_key"]
 
@@ -23,6 +24,9 @@ _WHOLE: Final = 6.0
 _MISSING: Final = 0.3
 """What a section costs that one of two keys does not have."""
 
+_Difference: TypeAlias = Callable[[str, str, float], float | None]
+"""`_difference`, which remembers what it has returned."""
+
 
 def nearest_key(key: str, choices: Iterable[str]) -> str | None:
     """Return the one of `choices` that `key` was probably meant to be; None when none is near.
@@ -35,53 +39,62 @@ def nearest_key(key: str, choices: Iterable[str]) -> str | None:
         choices: The keys that there are. Of several that are as near, the first is returned.
     """
     parts = _parts(key)
-    costs = {choice: _cost(parts, _parts(choice)) for choice in choices}
+    # Keys share their sections, and often their names.
+    difference = functools.cache(_difference)
+    costs = {choice: _cost(parts, _parts(choice), difference) for choice in choices}
     near = {choice: cost for choice, cost in costs.items() if cost is not None}
     return min(near, key=near.__getitem__, default=None)
 
 
 def _parts(key: str) -> list[str]:
     """Return the sections of a key and its name, of letters and digits alone."""
-    parts = [re.sub(r"\W|_", "", part).lower() for part in re.split(r"[.\[]", key)]
+    parts = re.split(r"[.\[]", re.sub(r"[^\w.\[]|_", "", key).lower())
     return [part for part in parts if part] or [""]
 
 
-def _cost(one: Sequence[str], other: Sequence[str]) -> float | None:
+def _cost(one: Sequence[str], other: Sequence[str], difference: _Difference) -> float | None:
     """Return how far two keys are from each other; None for too far."""
     costs = []
-    if (name := _difference(one[-1], other[-1], _FARTHEST)) is not None:
-        costs.append(_NAME * name + _cost_of_sections(one[:-1], other[:-1]))
-    # The whole tells where points are missing, or too many.
-    if (whole := _difference("".join(one), "".join(other), _FARTHEST_IN_WHOLE)) is not None:
-        costs.append(_WHOLE * whole)
+    name = difference(one[-1], other[-1], _FARTHEST)
+    if name is not None:
+        costs.append(_NAME * name + _cost_of_sections(one[:-1], other[:-1], difference))
+    # The whole tells where points are missing, or too many. Else names that are not near are not
+    # made so by a section in common, however long it is.
+    if name is not None or len(one) != len(other):
+        whole = difference("".join(one), "".join(other), _FARTHEST_IN_WHOLE)
+        costs += [] if whole is None else [_WHOLE * whole]
     return min(costs, default=None)
 
 
-def _cost_of_sections(one: Sequence[str], other: Sequence[str]) -> float:
-    if not one or not other:
-        return _MISSING * (len(one) + len(other))
-    return min(
-        _cost_of_sections(one[:-1], other[:-1]) + _difference_of_sections(one[-1], other[-1]),
-        _cost_of_sections(one[:-1], other) + _MISSING,
-        _cost_of_sections(one, other[:-1]) + _MISSING,
-    )
-
-
-def _difference_of_sections(one: str, other: str) -> float:
-    # What costs more is cheaper left out of one key, and put into the other.
-    difference = _difference(one, other, 2 * _MISSING)
-    return 1.0 if difference is None else difference
+def _cost_of_sections(one: Sequence[str], other: Sequence[str], difference: _Difference) -> float:
+    """Return what it costs to get the one from the other, by the same table as in `_edits`."""
+    last = [_MISSING * column for column in range(len(other) + 1)]
+    for section in one:
+        now = [last[0] + _MISSING]
+        for column, wanted in enumerate(other, 1):
+            # What costs more is cheaper left out of one key, and put into the other.
+            part = difference(section, wanted, 2 * _MISSING)
+            replaced = last[column - 1] + (1.0 if part is None else part)
+            now.append(min(now[-1] + _MISSING, last[column] + _MISSING, replaced))
+        last = now
+    return last[-1]
 
 
 def _difference(one: str, other: str, most: float) -> float | None:
-    """Return which part of the longer word is to be changed to get the other; None for too much."""
-    length = max(len(one), len(other), 1)
+    """Return which part of the longer word is to be changed to get the other; None for too much.
+
+    One letter of a short word may always be wrong, as long as another one is right.
+    """
     if one == other:
         return 0.0
-    if abs(len(one) - len(other)) > most * length:
+    length = max(len(one), len(other))
+    allowed = max(1, int(most * length))
+    # What two words have not in common has to be edited.
+    common = sum(min(one.count(letter), other.count(letter)) for letter in set(one))
+    if not common or length - common > allowed:
         return None
-    difference = _edits(one, other) / length
-    return difference if difference <= most else None
+    edits = _edits(one, other)
+    return edits / length if edits <= allowed else None
 
 
 def _edits(one: str, other: str) -> int:
