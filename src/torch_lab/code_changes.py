@@ -16,8 +16,9 @@ from operator import attrgetter
 from typing import Final
 
 from torch_lab.imports import parsed
+from torch_lab.provenance import binds_hparams
 
-__all__ = ["MODULE_LEVEL", "WHOLE_FILE", "CodeChange", "Kind", "binds", "code_changes"]
+__all__ = ["MODULE_LEVEL", "WHOLE_FILE", "CodeChange", "Kind", "code_changes", "holds_hparams"]
 
 MODULE_LEVEL: Final = "module level"
 """What the statements of a script that define no function and no class go by."""
@@ -74,18 +75,12 @@ def _around(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def binds(source: bytes, name: str) -> bool:
-    """Return whether a script gives a value to `name`, outside its functions and classes."""
+def holds_hparams(source: bytes) -> bool:
+    """Return whether a script has hparams, be they its own or another's."""
     try:
-        body = parsed(source).body
+        return binds_hparams(parsed(source))
     except SyntaxError:
         return False
-    return any(
-        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
-        for statement in body
-        if not isinstance(statement, _DEFINITIONS)
-        for node in ast.walk(statement)
-    )
 
 
 @dataclass(frozen=True)

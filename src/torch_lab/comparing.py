@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from torch_lab.code_changes import MODULE_LEVEL, WHOLE_FILE, CodeChange, binds, code_changes
+from torch_lab.code_changes import MODULE_LEVEL, WHOLE_FILE, CodeChange, code_changes, holds_hparams
 from torch_lab.errors import listed
-from torch_lab.provenance import NAME, Key, spelt
+from torch_lab.provenance import Key, spelt
 from torch_lab.runs import decoded, encoded
 from torch_lab.sides import Side
 
@@ -197,7 +197,7 @@ def compared(one: str, other: str) -> Comparison:
 def _changes(name: str, before: Side, after: Side) -> list[CodeChange]:
     sources = before.source(name), after.source(name)
     found = code_changes(*sources)
-    if not any(source is not None and binds(source, NAME) for source in sources):
+    if not any(source is not None and holds_hparams(source) for source in sources):
         return found
     # What an hparams script sets is compared by its values.
     return [change for change in found if change.name not in (MODULE_LEVEL, WHOLE_FILE)]
