@@ -416,6 +416,7 @@ def test_the_terminal_is_given_back(lab: Lab) -> None:
             signal.getsignal(signal.SIGINT),
         ]
 
+    torch_lab.load(lab.path)  # From now on the project's packages can be imported.
     before = state()
     torch_lab.train(lab.path)
     assert state() == before

@@ -282,11 +282,11 @@ def _loaded(
     set: Mapping[str, Any] | None = None,
     unset: Sequence[str] = (),
 ) -> Experiment:
-    if isinstance(path, Experiment):
-        if set or unset:
-            raise UserError("a loaded experiment has its hparams: give set and unset to its load")
-        return path
-    return Experiment.load(path, set, unset)
+    if isinstance(path, Experiment) and (set or unset):
+        raise UserError("a loaded experiment has its hparams: give set and unset to its load")
+    experiment = path if isinstance(path, Experiment) else Experiment.load(path, set, unset)
+    experiment.check_added_keys()
+    return experiment
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,6 @@ def infer(
         asking(tracking),
     ):
         experiment = _loaded(path, set, unset)
-        experiment.check_added_keys()
         hparams = experiment.hparams.as_used(debug=debug)
         components = _seeded_components(experiment, arguments)
         loaders = Loaders(Position(hparams.seed), debug=debug, timeout=hparams.loader_timeout)
