@@ -105,6 +105,14 @@ def _completed_by(
     return complete
 
 
+_paths = click.argument(
+    "paths",
+    metavar="PATH...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+    shell_complete=_completed_by("scripts"),
+)
 _debug = click.option(
     "--debug",
     "--pdb",
@@ -151,14 +159,7 @@ _online = click.option(
 
 
 @click.command(cls=_Train, context_settings=_HELP)
-@click.argument(
-    "paths",
-    metavar="PATH...",
-    nargs=-1,
-    required=True,
-    type=click.Path(path_type=Path),
-    shell_complete=_completed_by("scripts"),
-)
+@_paths
 @_set
 @_unset
 @_strict
@@ -561,14 +562,7 @@ def diff(one: str, other: str, exit_code: bool, verbose: bool, as_json: bool) ->
 
 
 @torch_lab.command(context_settings=_HELP)
-@click.argument(
-    "paths",
-    metavar="PATH...",
-    nargs=-1,
-    required=True,
-    type=click.Path(path_type=Path),
-    shell_complete=_completed_by("scripts"),
-)
+@_paths
 @_set
 @_unset
 @_strict

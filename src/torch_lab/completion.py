@@ -18,6 +18,7 @@ from click.shell_completion import (
     BashComplete,
     CompletionItem,
     FishComplete,
+    ShellComplete,
     ZshComplete,
     add_completion_class,
 )
@@ -292,11 +293,19 @@ def _with_option(value: str, typed: str) -> str:
     return f"{option}{sign}{value}" if sign and option.startswith("--") else value
 
 
-class _Bash(BashComplete):
-    """Completion for bash, which takes words apart at each `=`, and completes what is behind it."""
+class _OurWords(ShellComplete):
+    """What the shells have in common: our script, and a word that is kept to complete it."""
 
     def source(self) -> str:
         return _script_for(self.name)
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        before, self._typed = super().get_completion_args()
+        return before, self._typed
+
+
+class _Bash(_OurWords, BashComplete):
+    """Completion for bash, which takes words apart at each `=`, and completes what is behind it."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
         given, incomplete = super().get_completion_args()
@@ -316,15 +325,8 @@ class _Bash(BashComplete):
         return _line(item.type, value.removeprefix(known), item.help)
 
 
-class _Zsh(ZshComplete):
+class _Zsh(_OurWords, ZshComplete):
     """Completion for zsh, which takes what it is given as it is."""
-
-    def source(self) -> str:
-        return _script_for(self.name)
-
-    def get_completion_args(self) -> tuple[list[str], str]:
-        before, self._typed = super().get_completion_args()
-        return before, self._typed
 
     def format_completion(self, item: Item) -> str:
         whole = _with_option(item.value, self._typed)
@@ -335,15 +337,8 @@ class _Zsh(ZshComplete):
         return _line("part" if is_folder else item.type, value, item.help)
 
 
-class _Fish(FishComplete):
+class _Fish(_OurWords, FishComplete):
     """Completion for fish, which adds no space behind `/` and `=` by itself."""
-
-    def source(self) -> str:
-        return _script_for(self.name)
-
-    def get_completion_args(self) -> tuple[list[str], str]:
-        before, self._typed = super().get_completion_args()
-        return before, self._typed
 
     def format_completion(self, item: Item) -> str:
         return _line(item.type, _with_option(item.value, self._typed), item.help)
