@@ -91,10 +91,10 @@ HPARAMS: dict[str, tuple[object, list[str]]] = {
 
 @pytest.mark.parametrize("name", HPARAMS)
 def test_wrong_hparams_are_refused_by_key(lab: Lab, name: str) -> None:
-    """A wrong value in the hparams is named with its file and key."""
+    """A wrong value in the hparams is named with its file, its line and its key."""
     hparams, parts = HPARAMS[name]
     lab.hparams("wrong", hparams)
-    refused(lab, lab.train(lab.folder / "wrong.py"), "wrong.py: ", *parts)
+    refused(lab, lab.train(lab.folder / "wrong.py"), "wrong.py:", *parts)
 
 
 PATHS: dict[str, tuple[Callable[[Lab], str], list[str]]] = {
@@ -355,4 +355,4 @@ def test_weights_of_no_checkpoint_are_refused(
 ) -> None:
     """It would train, or predict, with weights of chance, in silence."""
     lab.hparams("hparams", {**BASE, "checkpoint": {"weights_only": True, **source}})
-    refused(lab, getattr(lab, command)(lab.path), "hparams.py: ", NO_SOURCE, "a run's name")
+    refused(lab, getattr(lab, command)(lab.path), "hparams.py:1: ", NO_SOURCE, "a run's name")

@@ -98,7 +98,6 @@ CHAINS: dict[str, list[tuple[str, Any]]] = {
     "config.milestones": [
         ("hparams", [10, 45, 67, 80]),
         ("longer", [10, 45, 67]),
-        ("longer", [10, 45]),
         ("base", [10]),
     ],
     "config.warmup.steps": [("hparams", DELETED), ("base", 500)],

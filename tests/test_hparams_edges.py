@@ -124,6 +124,86 @@ def test_hparams_that_contain_themselves(lab: Lab) -> None:
         loaded(lab, 'hparams = {"config": {}}\nhparams["config"]["all"] = hparams\n')
 
 
+@pytest.mark.parametrize(
+    "change",
+    ['["val"] = None', '["val"] = "none"', '["off"] = {"a": {"b": 1}}', '["lr"] = {"start": 1}'],
+)
+def test_a_section_that_is_switched_is_no_added_key(lab: Lab, change: str) -> None:
+    lab.write("base.py", BASE.replace('"lr"', '"off": None, "lr"'))
+    experiment = loaded(lab, f'from base import hparams\nhparams["config"]{change}\n')
+    assert experiment.added_keys == []
+
+
+@pytest.mark.parametrize("value", ["None", 'new("none")'])
+def test_what_a_layer_replaces_keeps_its_history(lab: Lab, value: str) -> None:
+    """The keys of a section that a value takes the place of, and the other way round."""
+    lab.write("base.py", BASE.replace('"lr"', '"off": None, "lr"'))
+    experiment = loaded(
+        lab,
+        "from torch_lab.utils import layer, new\n"
+        f'hparams = layer("base.py", config={{"val": {value}, "off": {{"a": 1}}}})\n',
+    )
+    for key in ("config.val.x", "config.off"):
+        assert places(experiment, key) == [("base.py", 1), ("hparams.py", 2)]
+        assert chains(experiment)[key][-1]["value"] == "deleted"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ('"trainer": {"init": {"max_epoch": 3}}', "trainer.init has the unknown key 'max_epoch'"),
+        ('"trainer": {"init": {"max_epochs": "3"}}', "trainer.init.max_epochs must be a whole"),
+        ('"confg": {"lr": 3}', "hparams has the unknown key 'confg'"),
+        ('"seed": "one"', "seed must be a whole number"),
+        ('"config": None', "config must be a dictionary"),
+    ],
+)
+def test_a_mistake_of_a_base_is_named_there(lab: Lab, section: str, message: str) -> None:
+    """With its line, whichever script stands on it."""
+    lab.write("base.py", f"\nhparams = {{\n    {section},\n}}\n")
+    with pytest.raises(HparamsError) as caught:
+        loaded(lab, IMPORT + 'hparams = import_script_as_module("base.py").hparams\n')
+    assert caught.value.message.startswith("toys/experiments/00_toy/base.py:3: " + message)
+
+
+@pytest.mark.parametrize("use", ["{} * 2", "1 + {}", "max({}, 3)", "int({})", "{}[0]"])
+@pytest.mark.parametrize("later", ['ref("config.lr")', 'env("HOME")'])
+def test_to_compute_with_what_is_not_known_is_an_error(lab: Lab, use: str, later: str) -> None:
+    with pytest.raises(HparamsError, match=r"hparams\.py:2: no script can know what comes of it"):
+        loaded(
+            lab, f"from torch_lab.utils import env, ref\nx = {use.format(later)}\nhparams = {{}}\n"
+        )
+
+
+def test_a_key_that_is_not_there_can_be_removed(lab: Lab) -> None:
+    experiment = loaded(
+        lab,
+        "from torch_lab.utils import DELETE\n"
+        + BASE
+        + 'hparams["config"]["nothing"] = DELETE\nhparams["config"]["lr"] = DELETE\n',
+    )
+    assert experiment.hparams.config.keys() == {"m", "seen", "val"}
+
+
+def test_a_line_in_a_loop_stands_once(lab: Lab) -> None:
+    """Else a thousand additions would be a thousand copies of a list."""
+    experiment = loaded(lab, BASE + 'for x in range(1000):\n    hparams["config"]["m"].append(x)\n')
+    assert places(experiment, "config.m") == [("hparams.py", 1), ("hparams.py", 3)]
+
+
+def test_scripts_that_are_printed_together_share_nothing(lab: Lab) -> None:
+    """Not even a preset that one of them changes in its place."""
+    package = lab.root / "src" / "presets_of_mine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("adam = {'lr': 0.003}\n")
+    start = 'from presets_of_mine import adam\nhparams = {"config": {"adam": adam}}\n'
+    one = lab.write("one.py", start + 'hparams["config"]["adam"]["lr"] = 99\n')
+    other = lab.write("two.py", start)
+    result = lab.train(one, other, "--print")
+    assert result.code == 0
+    assert "99" in result.out.split("two.py")[0] and "0.003" in result.out.split("two.py")[1]
+
+
 # Types.
 
 

@@ -132,7 +132,30 @@ def test_words_are_literals_or_else_strings(words: list[str], expected: dict[str
 def test_a_word_that_sets_nothing_is_refused(path: Path, lab: Lab, word: str) -> None:
     result = lab.train(path, "--offline", "--set", word)
     assert (result.code, lab.runs) == (2, [])
-    assert f"error: --set {word}: expected KEY=VALUE" in result.err
+    key, sign, _ = word.partition("=")
+    expected = f"{key or 'nothing'} is no key" if sign else "expected KEY=VALUE"
+    assert f"error: --set {word}: {expected}" in result.err
+
+
+@pytest.mark.parametrize("value", ["DELETE", "ref('config.lr')", 'env("HOME")', "new(DELETE)"])
+def test_words_of_scripts_are_refused(path: Path, lab: Lab, value: str) -> None:
+    """They would be strings; in quotes they are."""
+    result = lab.train(path, "--offline", "--set", f"config.name={value}")
+    assert result.code == 2 and "a script can say" in result.err
+    assert Experiment.load(path, parsed_words(["config.name='DELETE'"])).hparams.config["name"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"set": ["config.lr=3"]}, {"set": {3: 4}}, {"unset": "config.lr"}, {"unset": [3]}]
+)
+def test_overrides_of_other_types_are_refused(path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="must be a"):
+        torch_lab.load(path, **options)
+
+
+def test_what_is_unset_is_not_suggested_for_itself(path: Path, lab: Lab) -> None:
+    result = lab.train(path, "--offline", "--unset", "seed")
+    assert result.code == 2 and "has no such key" in result.err and "seed?" not in result.err
 
 
 # Types.
@@ -230,7 +253,7 @@ def test_what_does_not_fit_is_shown_beside_what_was_there(
         ("config.milestones+=9", "config.milestones+=[9]"),
         ("config.milestones[2]=9", "config.milestones has 2 items"),
         ("config.lr+=[1]", "it adds to lists, and there is 0.1 (float)"),
-        ("config.gamma=1", '--set "config.gamma=new(3)"'),
+        ("config.gamma=1", '--set "config.gamma=new(1)"'),
         ("config.lr.x=1", "config.lr is 0.1 (float), which has no keys"),
         ("config.follows.x=1", "config.follows is ref('config.batch_size') in toys"),
     ],

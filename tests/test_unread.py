@@ -79,10 +79,29 @@ def test_strict(lab: Lab) -> None:
 
 
 def test_many_keys(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
-    """Eight of them are named."""
-    lab.hparams("hparams", {"config": {f"k{number}": number for number in range(11)}})
+    """Twenty of them are named, and all where they are an error."""
+    lab.hparams("hparams", {"config": {f"k{number}": number for number in range(23)}})
     (told,) = warnings_of(lab, caplog)
-    assert "config.k7 (" in told and "config.k8" not in told and told.endswith(" and 3 more")
+    assert "config.k19 (" in told and "config.k20" not in told and told.endswith(" and 3 more")
+    with pytest.raises(HparamsError, match=r"config\.k22 \("):
+        Experiment.load(lab.path, {"strict": True}).train_components()
+
+
+def test_a_cycle_holds_nothing(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as the frame that Lightning's `save_hyperparameters` leaves behind."""
+    lab.hparams("hparams", {"config": {"lr": 0.1, "lrr": 1}})
+    body = "import inspect; frame = inspect.currentframe(); hparams['config']['lr']"
+    lab.write("__main__.py", reading(body))
+    (told,) = warnings_of(lab, caplog)
+    assert "never reads config.lrr" in told
+
+
+def test_strict_hparams_say_what_is_kept(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    """A component may read it later: that is no error, and not passed over in silence."""
+    lab.hparams("hparams", {"strict": True, "config": {"lr": 0.1, "later": 1}})
+    lab.write("__main__.py", reading("train_config.kept = hparams['config']"))
+    (told,) = warnings_of(lab, caplog)
+    assert told.startswith("not read so far, and kept, so perhaps later: config.later (")
 
 
 def test_keys_in_lists(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:

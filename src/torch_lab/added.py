@@ -22,8 +22,16 @@ def added_keys(histories: Histories) -> list[str]:
         for key, changes in histories.items()
         if key[0] == "config" and len(key) > 1
         if changes[0].file is not None and not changes[0].is_new
-        if changes[-1].value is not DELETED
+        if changes[-1].value is not DELETED and not _takes_a_place(key, histories)
     ]
+
+
+def _takes_a_place(key: tuple[object, ...], histories: Histories) -> bool:
+    """Return whether a value stands where a section was, or in one where a value was."""
+    return any(
+        other != key and (other[: len(key)] == key or key[: len(other)] == other)
+        for other in histories
+    )
 
 
 def _of_others(key: tuple[object, ...], histories: Histories) -> list[tuple[object, ...]]:

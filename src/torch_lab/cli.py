@@ -234,15 +234,16 @@ def train(
 
 
 def _printed(path: Path, options: Mapping[str, Any]) -> str:
+    from torch_lab.afresh import imported_afresh
     from torch_lab.experiment import Experiment
     from torch_lab.printing import as_python
     from torch_lab.redaction import masked
-    from torch_lab.runs import encoded
+    from torch_lab.runs import encoded, project_root
     from torch_lab.utils import shown
 
     dev_run = _dev_run(options)
     # What a script prints itself is not what was asked for.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), imported_afresh(project_root(path.resolve())):
         experiment = Experiment.load(path, **_overrides(options))
     found = masked(experiment.hparams.as_used(dev_run, debug=options["debug"]).as_dict())
     if options["as_json"]:

@@ -378,6 +378,8 @@ def _fold(told: traceback.TracebackException) -> None:
     """Begin at the user's first frame, without ours and Lightning's below; the causes too."""
     from_user = itertools.dropwhile(lambda frame: _is_others(frame.filename), told.stack)
     kept = [frame for frame in from_user if not _is_folded(frame.filename)]
+    # Without a frame of the user's, those of other packages tell the most.
+    kept = kept or [frame for frame in told.stack if not _is_folded(frame.filename)]
     if kept:
         told.stack = traceback.StackSummary.from_list(kept)
     for cause in (told.__cause__, told.__context__):

@@ -5,6 +5,7 @@ An experiment is a folder with a config script, `__main__.py`, and hparams scrip
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,7 @@ __all__ = ["Difference", "Experiment", "differences"]
 log = logging.getLogger(__name__)
 
 _STRUCTURE = "config_structure"
+_MOST_UNREAD = 20
 _READ_BY_US = frozenset({"monitor", "monitor_mode"})
 
 
@@ -131,7 +133,7 @@ class Experiment:
             script=script,
             defaults=_defaults(script),
         )
-        hparams = Hparams.parse(found.hparams, script, project_name)
+        hparams = Hparams.parse(found.hparams, script, project_name, found.histories)
         return cls(script, hparams, layers, found, overrides, generation_of(module))
 
     @property
@@ -235,8 +237,13 @@ class Experiment:
         with running(self.config_script, self.generation):
             returned = self._called(function, given)
         del given  # Whoever holds it still may read it later; we do not.
+        if reads.unread() != reads.forgotten():
+            gc.collect()  # A cycle that nobody can reach, such as of frames, may hold them.
         if unread := self._set_by_scripts(reads.forgotten()):
             self._tell_of_unread(unread)
+        held = self._set_by_scripts(set(reads.unread()) - set(reads.forgotten()))
+        if held and self.hparams.strict:
+            log.warning("not read so far, and kept, so perhaps later: %s", listed(sorted(held), 8))
         reads.end()
         return TrainComponents.parse(returned, f"{shown(self.config_script)}: train_config")
 
@@ -289,7 +296,8 @@ class Experiment:
         return None
 
     def _tell_of_unread(self, unread: Sequence[str]) -> None:
-        told = f"{shown(self.config_script)}: train_config never reads {listed(unread, 8)}"
+        named = len(unread) if self.hparams.strict else _MOST_UNREAD
+        told = f"{shown(self.config_script)}: train_config never reads {listed(unread, named)}"
         if self.hparams.strict:
             hint = "mend or remove them, or have train_config read them"
             raise HparamsError(told, hint)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch_lab.errors import HparamsError, UserError, did_you_mean
-from torch_lab.layering import SECTIONS
-from torch_lab.provenance import Key, copied
+from torch_lab.layering import SECTIONS, parsed_key, place_of
+from torch_lab.provenance import Histories, Key, copied
 from torch_lab.utils import parameters_of, shown
 
 __all__ = [
@@ -162,18 +162,21 @@ class Hparams:
     """The keys of `config` that no script has set."""
 
     @classmethod
-    def parse(cls, given: object, path: Path, project_name: str) -> Hparams:
+    def parse(
+        cls, given: object, path: Path, project_name: str, histories: Histories | None = None
+    ) -> Hparams:
         """Return `given`, which the script at `path` calls `hparams`, checked and completed.
 
         Args:
             given: What the script holds.
             path: The script; errors name it.
             project_name: The value of `task.project_name` when the script gives none.
+            histories: What has set the values; errors name the lines.
 
         Raises:
             HparamsError: An unknown key, or a value of the wrong type.
         """
-        check = _Check(path)
+        check = _Check(path, histories)
         sections = check.is_dict(given, "hparams")
         check.are_known(sections, SECTIONS, "hparams")
         return cls(
@@ -272,21 +275,26 @@ def _parameters_of_trainer(call: str) -> tuple[str, ...]:
 class _Check:
     """Checks values, with the path of their script at hand for the errors."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, histories: Histories | None = None) -> None:
         self.path = path
+        self.histories = histories or {}
 
-    def error(self, message: str, hint: str | None = None) -> HparamsError:
-        return HparamsError(f"{shown(self.path)}: {message}", hint)
+    def error(self, at: str, message: str, hint: str | None = None) -> HparamsError:
+        """Return an error about the key `at`, with the line that set it or what is below it."""
+        key = parsed_key(at) or ()
+        below = next((each for each in self.histories if each[: len(key)] == key), ())
+        place = place_of(key, self.histories) or place_of(below, self.histories)
+        return HparamsError(f"{place or shown(self.path)}: {message}", hint)
 
     def is_dict(self, value: object, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             mend = (
                 "; leave it out to have its defaults" if value is None and name != "hparams" else ""
             )
-            raise self.error(f"{name} must be a dictionary, not {_described(value)}{mend}")
+            raise self.error(name, f"{name} must be a dictionary, not {_described(value)}{mend}")
         for key in value:
             if not isinstance(key, str) and name != "config":
-                raise self.error(f"{name} has the key {key!r}; keys are strings")
+                raise self.error(name, f"{name} has the key {key!r}; keys are strings")
         return value
 
     def are_known(self, given: Iterable[str], known: Iterable[str], name: str) -> None:
@@ -295,13 +303,14 @@ class _Check:
             if key not in choices:
                 suggestion = did_you_mean(key, choices)
                 hint = None if suggestion else f"it may have: {', '.join(choices) or 'nothing'}"
-                raise self.error(f"{name} has the unknown key {key!r}{suggestion}", hint)
+                at = key if name == "hparams" else f"{name}.{key}"
+                raise self.error(at, f"{name} has the unknown key {key!r}{suggestion}", hint)
 
     def is_type(
         self, value: object, kind: type | tuple[type, ...], name: str, expected: str
     ) -> None:
         if not isinstance(value, kind):
-            raise self.error(f"{name} must be {expected}, not {_described(value)}")
+            raise self.error(name, f"{name} must be {expected}, not {_described(value)}")
 
     def yes_or_no(self, value: object, name: str) -> bool:
         self.is_type(value, bool, name, "True or False")
@@ -351,6 +360,7 @@ class _Check:
         """Refuse keys about weights where none are to be taken alone: they would do nothing."""
         if section.weights_only and section.checkpoint_task_id is None:
             raise self.error(
+                "checkpoint.weights_only",
                 "checkpoint.weights_only is True, but there is no checkpoint.checkpoint_task_id to "
                 "take weights from",
                 "set checkpoint_task_id to a run's name or to the path of a file, or leave out "
@@ -359,6 +369,7 @@ class _Check:
         partial = not section.strict or section.include or section.exclude
         if partial and not section.weights_only:
             raise self.error(
+                "checkpoint",
                 "checkpoint.strict, include and exclude choose among weights: training goes on "
                 "from a whole checkpoint",
                 "set checkpoint.weights_only to True to start from some of its weights",
@@ -378,7 +389,7 @@ class _Check:
         number = isinstance(given, (int, float)) and not isinstance(given, bool)
         if not number or not given > 0:  # type: ignore[operator]
             raise self.error(
-                f"{name} must be a positive number {unit}, or None, not {_described(given)}"
+                name, f"{name} must be a positive number {unit}, or None, not {_described(given)}"
             )
         return float(given)  # type: ignore[arg-type]
 
@@ -388,7 +399,7 @@ class _Check:
         if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             none = " or None" if or_none else ""
             raise self.error(
-                f"{name} must be a whole number from 1 on{none}, not {_described(given)}"
+                name, f"{name} must be a whole number from 1 on{none}, not {_described(given)}"
             )
         return given
 
@@ -404,7 +415,7 @@ class _Check:
         owned: Mapping[str, str] = _OWNED.get(call, _OWNED_IN_OTHERS)
         for key in arguments:
             if key in owned:
-                raise self.error(f"{name}.{key} is not yours to set: {owned[key]}")
+                raise self.error(f"{name}.{key}", f"{name}.{key} is not yours to set: {owned[key]}")
         if arguments:
             parameters = _parameters_of_trainer(call)
             self.are_known(arguments, [key for key in parameters if key not in owned], name)
@@ -414,20 +425,23 @@ class _Check:
 
     def is_count(self, value: object, name: str) -> None:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise self.error(f"{name} must be a whole number, not {_described(value)}")
+            raise self.error(name, f"{name} must be a whole number, not {_described(value)}")
 
     def config(self, given: object) -> dict[str, Any]:
         config = self.is_dict(given, "config")
         self.is_type(config.get("monitor", ""), str, "config.monitor", "the name of a metric")
         mode = config.get("monitor_mode", "min")
         if mode not in ("min", "max"):
-            raise self.error(f'config.monitor_mode must be "min" or "max", not {mode!r}')
+            raise self.error(
+                "config.monitor_mode", f'config.monitor_mode must be "min" or "max", not {mode!r}'
+            )
         return config
 
     def seed(self, given: object) -> int:
         if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given < 2**32:
             raise self.error(
-                f"seed must be a whole number from 0 to {2**32 - 1}, not {_described(given)}"
+                "seed",
+                f"seed must be a whole number from 0 to {2**32 - 1}, not {_described(given)}",
             )
         return given
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, TextIO
 
+from torch_lab.afresh import imported_afresh
 from torch_lab.errors import CheckpointError, ExitCode, Interrupted, SomeRunsFailedError, UserError
 from torch_lab.experiment import Experiment
-from torch_lab.runs import Run, artifacts_folder
+from torch_lab.runs import Run, artifacts_folder, project_root
 from torch_lab.signals import stopping_on_signals
 from torch_lab.utils import shown
 
@@ -85,9 +86,12 @@ def run_all(
         UserError: One of the paths or devices is wrong; none was started.
         Interrupted: A signal asked to end; the children were told, and have ended.
     """
-    experiments = [Experiment.load(path, set, unset) for path in paths]
-    for experiment in experiments:
-        experiment.check_added_keys()
+    experiments = []
+    for path in paths:
+        # What one changes of a module that others import is its own business, as it is in its run.
+        with imported_afresh(project_root(path.resolve())):
+            experiments.append(Experiment.load(path, set, unset))
+        experiments[-1].check_added_keys()
     dealt = [_visible(device) for device in devices]
     pool = _Children(options, quiet=jobs > 1, devices=dealt or [None] * jobs)
     with stopping_on_signals(), ThreadPoolExecutor(jobs) as executor:

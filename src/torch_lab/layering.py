@@ -353,6 +353,14 @@ class Later:
     def __format__(self, spec: str) -> str:
         raise self._has_no_value("what it is in a string")
 
+    def _computed(self, *others: Any) -> Any:
+        raise self._has_no_value("what comes of it")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _computed
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _computed
+    __pow__ = __rpow__ = __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _computed
+    __int__ = __float__ = __index__ = __len__ = __iter__ = __getitem__ = __contains__ = _computed
+
     def _has_no_value(self, question: str) -> HparamsError:
         return HparamsError(
             f"{self.place}: no script can know {question}: {self!r} has its value when all layers "
@@ -402,6 +410,7 @@ def ref(text: str) -> Any:
         HparamsError: It is neither.
     """
     frame = sys._getframe(1)
+    text = str(text)
     pieces = _pieces(text) if {"{", "}"} & set(text) else ()
     key = None if pieces else parsed_key(text)
     found = Ref(text, key, pieces, file=frame.f_code.co_filename, line=frame.f_lineno)

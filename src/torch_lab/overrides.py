@@ -50,6 +50,7 @@ _WORD: Final = re.compile(
     r"""(?P<key>(?:\['[^']*'\]|\["[^"]*"\]|\[(?!['"])|[^\[=])*)=(?P<value>.*)""", re.DOTALL
 )
 _NEW: Final = re.compile(r"new\((.*)\)", re.DOTALL)
+_WORD_OF_SCRIPTS: Final = re.compile(r"DELETE|(ref|env)\(.*\)")
 _MISFIT: Final = object()
 
 
@@ -114,6 +115,11 @@ def parsed_words(words: Sequence[str]) -> dict[str, Any]:
         text = match["key"] if match else ""
         is_added = text.endswith("+")
         key = parsed_key(text.removesuffix("+").strip())
+        if match is not None and key is None:
+            raise UserError(
+                f"--set {word}: {text.removesuffix('+') or 'nothing'} is no key",
+                "a key is like config.learning_rate or config.layers[0]",
+            )
         if match is None or key is None:
             raise UserError(
                 f"--set {word}: expected KEY=VALUE",
@@ -131,6 +137,11 @@ def parsed_words(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    if _WORD_OF_SCRIPTS.fullmatch(text):
+        raise UserError(
+            f"--set …={text}: a script can say {text.partition('(')[0]}, a command line cannot",
+            f"""--unset removes a key; in quotes it is a string: "'{text}'\"""",
+        )
     if match := _NEW.fullmatch(text):
         return new(_value(match[1].strip()))
     return _literal(text)
@@ -154,6 +165,15 @@ class Overrides:
     """Values by their keys, such as `config.learning_rate`; behind `+=` what is added to a list."""
     unset: Sequence[str] = ()
     """Keys that are removed."""
+
+    def __post_init__(self) -> None:
+        given: object = self.set
+        if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+            hint = 'like {"config.learning_rate": 3e-3}'
+            raise UserError(f"set must be a dictionary with strings as keys: {self.set!r}", hint)
+        if isinstance(self.unset, str) or not all(isinstance(key, str) for key in self.unset):
+            hint = 'like ["config.warmup"]'
+            raise UserError(f"unset must be a list of strings: {self.unset!r}", hint)
 
     def __bool__(self) -> bool:
         return bool(self.set or self.unset)
@@ -296,7 +316,7 @@ class _Overriding:
         """Set a key, or add to the list that it holds."""
         is_added = name.endswith(_ADD)
         key = _key_of(name.removesuffix(_ADD), "--set")
-        self._check(key, is_marked=isinstance(value, New))
+        self._check(key, value)
 
         def change(before: Any) -> Any:
             if is_added:
@@ -308,8 +328,9 @@ class _Overriding:
         self._note(after, key, f"--set {spelt(key)}{_ADD * is_added}", given, value)
         self.values = after
 
-    def _check(self, key: Key, *, is_marked: bool) -> None:
-        """Refuse a key that is nowhere, unless it is marked as new."""
+    def _check(self, key: Key, value: Any) -> None:
+        """Refuse a key that is nowhere, unless the value for it is marked as new."""
+        is_marked = isinstance(value, New)
         for end, part in enumerate(key):
             here = _at(self.values, key[:end])
             if isinstance(here, Later):
@@ -329,7 +350,7 @@ class _Overriding:
                 what = f"{spelt(key[:end])} is {_described(here, key)}, which has no keys"
                 raise HparamsError(f"--set {spelt(key)}: {what}")
             if not is_marked and not self._is_known(key[: end + 1]):
-                raise self._unknown(key)
+                raise self._unknown(key, value=value)
 
     def _with(self, value: Any, key: Key, depth: int, change: Callable[[Any], Any]) -> Any:
         """Return `value`, which is at `key[:depth]`, with what is at `key` changed."""
@@ -402,12 +423,15 @@ class _Overriding:
                 return True  # It gives way to anything.
         return _at(self._original, key) is not MISSING or key[-1] in known_names(key[:-1])
 
-    def _unknown(self, key: Key, option: str = "--set") -> HparamsError:
-        known = [*keys_in(self._original), *keys_in(self._defaults)]
-        for end in range(len(key)):
-            known += [(*key[:end], name) for name in known_names(key[:end])]
+    def _unknown(self, key: Key, option: str = "--set", value: Any = None) -> HparamsError:
+        known = keys_in(self._original)
+        if option == "--set":
+            known += keys_in(self._defaults)
+            for end in range(len(key)):
+                known += [(*key[:end], name) for name in known_names(key[:end])]
         near = did_you_mean_key(key, known, self.histories)
-        mark = f'new(…) adds a key: --set "{spelt(key)}=new(3)"' if option == "--set" else None
+        told = reprlib.repr(masked_at(key, value))
+        mark = f'new(…) adds a key: --set "{spelt(key)}=new({told})"' if option == "--set" else None
         return HparamsError(
             f"{option} {spelt(key)}: {self._script} has no such key{near}",
             mark if key[0] == "config" else None if near else OWN_KEYS,

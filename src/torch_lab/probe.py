@@ -192,7 +192,7 @@ def _note_loss(training: Training, seen: Seen, findings: Findings) -> None:
 
 def _note_parameters(seen: Seen, findings: Findings) -> None:
     total, trained = seen.parameters, seen.trained
-    how_many = "all of them trained" if trained == total else f"{trained:,} of them trained"
+    how_many = "all of them trainable" if trained == total else f"{trained:,} of them trainable"
     findings.ok("parameters", f"{total:,}, {how_many}", parameters=total, trained=trained)
 
 

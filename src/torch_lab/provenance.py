@@ -232,6 +232,12 @@ def _may_change(statement: ast.stmt) -> bool:
         return NAME in names or "*" in names
     if isinstance(statement, ast.Expr):
         return not isinstance(statement.value, ast.Constant)
+    if isinstance(statement, ast.Assign):
+        names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+        return len(names) < len(statement.targets) or NAME in names or _acts(statement.value)
+    if isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
+        # To a list or a dictionary no number can be added.
+        return not (isinstance(statement.value, ast.Constant) and statement.target.id != NAME)
     quiet = (ast.Return, ast.Raise, ast.Break, ast.Continue, ast.Pass, ast.Global, ast.Nonlocal)
     return not isinstance(statement, (*quiet, ast.FunctionDef, ast.AsyncFunctionDef))
 
@@ -271,9 +277,13 @@ def _under_key(target: ast.expr, value: ast.expr) -> tuple[ast.expr | None, dict
         return None, key_lines(value), False
     # The key's value is known when the statement has run: the pair stands for the place.
     place = ast.Tuple([target.value, target.slice], _LOAD)
+    return place, key_lines(value), _is_pure(value) or not _acts(value)
+
+
+def _acts(node: ast.expr) -> bool:
+    """Return whether an expression may change something by being evaluated."""
     acts = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
-    is_local = _is_pure(value) or not any(isinstance(node, acts) for node in ast.walk(value))
-    return place, key_lines(value), is_local
+    return any(isinstance(each, acts) for each in ast.walk(node))
 
 
 def _is_pure(node: ast.expr) -> bool:
@@ -368,7 +378,7 @@ class _Seen:
             if part is not DELETED:
                 yield from leaves(part, below)
         if part is DELETED:
-            del self.parts[key]
+            self.parts.pop(key, None)
         else:
             self.parts[key] = part
 
@@ -534,8 +544,21 @@ class Recorder:
         # What a layer has removed never comes into sight here.
         for base in self._bases():
             for key, changes in base.histories.items():
-                if changes[-1].value is DELETED and not self._is_value(key):
-                    self.histories.setdefault(key, changes)
+                if key in self.histories or self._is_value(key):
+                    continue
+                if changes[-1].value is DELETED:
+                    self.histories[key] = changes
+                elif (line := self._line_that_took(key)) is not None:
+                    gone = Change(self._file, line, DELETED)
+                    self.histories[key] = (*changes, gone)
+
+    def _line_that_took(self, key: Key) -> int | None:
+        """Return the line of what stands now where `key` was, above it or below."""
+        for other, changes in self.histories.items():
+            is_near = other[: len(key)] == key or key[: len(other)] == other
+            if is_near and changes[-1].file == self._file:
+                return changes[-1].line
+        return None
 
     def _is_value(self, key: Key) -> bool:
         value = self.value_at(key)
@@ -545,6 +568,8 @@ class Recorder:
         """Return what the hparams hold at `key`; `DELETED` if there is nothing."""
         value: Any = self._namespace.get(NAME)
         for part in key:
+            if not isinstance(value, (dict, list, tuple)):
+                return DELETED
             try:
                 value = _bare(value[part])
             except (LookupError, TypeError):
@@ -605,6 +630,8 @@ class Recorder:
         if before and may_be_of_base and is_same(before[-1].value, value):
             self.histories[key] = before
             return
+        if before and (before[-1].file, before[-1].line) == (self._file, line):
+            before = before[:-1]  # What a line does in a loop stands once.
         self.histories[key] = (*before, Change(self._file, line, value, is_new))
 
     def _make_section(self, key: Key, line: int) -> None:

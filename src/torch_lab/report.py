@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from torch_lab.experiment import Experiment
 from torch_lab.listing import seconds_trained
 from torch_lab.runs import Run
 from torch_lab.training import Training, changed_hparams
@@ -25,7 +26,7 @@ def header_rows(training: Training) -> Iterator[tuple[str, str]]:
     if dev_run is not None:
         yield "dev run", f"overfits on {dev_run}, writes no checkpoints"
     if len(experiment.layers) > 1:
-        yield "layers", " > ".join(layer.path.name for layer in experiment.layers)
+        yield "layers", " > ".join(_named(layer.path, experiment) for layer in experiment.layers)
         differences = [str(difference) for difference in experiment.differences()]
         yield "differs", "\n".join(differences) or "in nothing from the base layer"
     if experiment.overrides:
@@ -37,6 +38,12 @@ def header_rows(training: Training) -> Iterator[tuple[str, str]]:
     yield "device", _device(training)
     yield "stops", _stops(training)
     yield "folder", shown(training.run.folder)
+
+
+def _named(script: Path, experiment: Experiment) -> str:
+    """Return the name of a script, with its folder if that is not the experiment's."""
+    is_own = script.parent == experiment.folder
+    return script.name if is_own else f"{script.parent.name}/{script.name}"
 
 
 def _where(training: Training) -> str:
