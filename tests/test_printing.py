@@ -246,7 +246,10 @@ def test_a_layer_of_another_folder_is_named_in_full(lab: Lab) -> None:
             "ZeroDivisionError: division by zero (toys/experiments/00_toy/hparams.py, line 1)",
         ),
         ("hparams = {", "toys/experiments/00_toy/hparams.py:1: '{' was never closed"),
-        ("hparams = {'sed': 1}", "toys/experiments/00_toy/hparams.py: hparams has the unknown key"),
+        (
+            "hparams = {'sed': 1}",
+            "toys/experiments/00_toy/hparams.py:1: hparams has the unknown key",
+        ),
         (
             "raise SystemExit('no\\nway')",
             "SystemExit: no way (toys/experiments/00_toy/hparams.py, l",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ class Report:
 
     def _told(self, finding: Finding) -> str:
         """Return what was found, without the script's name: that stands beside it."""
-        return finding.told.removeprefix(f"{shown(self.script)}: ").strip()
+        told = finding.told.removeprefix(f"{shown(self.script)}:").strip()
+        return told if told == finding.told else re.sub(r"^(\d+):", r"line \1:", told)
 
     def _with(self, verdict: Verdict) -> list[Finding]:
         return [finding for finding in self.findings if finding.verdict == verdict]
