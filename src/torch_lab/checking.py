@@ -106,8 +106,9 @@ class Report:
 
     def _told(self, finding: Finding) -> str:
         """Return what was found, without the script's name: that stands beside it."""
-        told = finding.told.removeprefix(f"{shown(self.script)}:").strip()
-        return told if told == finding.told else re.sub(r"^(\d+):", r"line \1:", told)
+        own = re.escape(shown(self.script))
+        in_line = re.sub(rf"^{own}:(\d+): ", r"line \1: ", finding.told)
+        return re.sub(rf"^{own}: ", "", in_line).strip()
 
     def _with(self, verdict: Verdict) -> list[Finding]:
         return [finding for finding in self.findings if finding.verdict == verdict]
