@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -134,6 +135,7 @@ class Trainee:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
         )
         self._steps = steps
         self._took()  # The first stretch warms up.
@@ -153,8 +155,9 @@ class Trainee:
         raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
 
     def end(self) -> None:
-        """End the process."""
-        self._process.kill()
+        """End the process, and those that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
 

@@ -20,7 +20,9 @@ class Gate(pl.Callback):
         self.began = time.perf_counter()
 
     def step(self) -> None:
-        """Count a step, at its end."""
+        """Count a step, at its end; of several processes the first one keeps the others waiting."""
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return
         self.left -= 1
         if self.left:
             return

@@ -1,16 +1,19 @@
-"""Metrics that adapt others, and one that makes a metric of a function."""
+"""Metrics that adapt others, one that makes a metric of a function, and those of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-__all__ = ["MetricWrapper", "PooledMean", "batch_size"]
+__all__ = ["EpochValues", "MetricWrapper", "PooledMean", "batch_size"]
 
 
 class MetricWrapper(WrapperMetric):
@@ -129,6 +132,140 @@ class _WeightedMean(Metric):
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         return self._plot(val, ax)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a batch adds to an epoch."""
+
+    losses: dict[str, Tensor]
+    size: int
+    y_pred: Any
+    y: Any
+
+
+class EpochValues:
+    """The losses and metrics of an epoch, with a value of the whole epoch only.
+
+    To update metrics takes as long for one batch as for many. So batches are gathered, and counted
+    when there are enough, or when somebody asks; the values are those of an update with each batch.
+    That holds for the classification metrics of torchmetrics, whose states are counts or all
+    samples; others are updated at once.
+
+    Args:
+        metrics: Those of the epoch.
+    """
+
+    def __init__(self, metrics: MetricCollection) -> None:
+        self._metrics = metrics
+        self._may_wait = all(map(_counts_samples, metrics.values()))
+        self._totals: dict[str, Tensor] = {}
+        self._waiting: list[_Batch] = []
+        self._elements = 0
+        self.samples = 0
+        """How many the epoch has had so far."""
+
+    @property
+    def metrics(self) -> MetricCollection:
+        """The metrics, with all batches so far."""
+        self.count()
+        return self._metrics
+
+    def add(self, losses: Mapping[str, Tensor], size: int, y_pred: Any, y: Any) -> None:
+        """Add a batch: its losses, each the mean of `size` samples, its predictions and labels."""
+        own = {name: _kept(value) for name, value in losses.items()}
+        if not self._metrics:
+            y_pred = y = None
+        elif not self._may_wait or not isinstance(y_pred, Tensor) or not isinstance(y, Tensor):
+            self._metrics.update(_detached(y_pred), y)
+            y_pred = y = None
+        else:
+            y_pred, y = _kept(y_pred), _kept(y)
+            self._elements += y_pred.numel() + y.numel()
+        self._waiting.append(_Batch(own, size, y_pred, y))
+        is_first, self.samples = self.samples == 0, self.samples + size
+        # What is wrong with the first is told at once.
+        if is_first or len(self._waiting) == _MOST_BATCHES or self._elements > _MOST_ELEMENTS:
+            self.count()
+
+    def count(self) -> None:
+        """Count the batches that wait."""
+        waiting, self._waiting, self._elements = self._waiting, [], 0
+        for name in dict.fromkeys(name for batch in waiting for name in batch.losses):
+            those = [batch for batch in waiting if name in batch.losses]
+            values = torch.stack([batch.losses[name].reshape(()).float() for batch in those])
+            sizes = torch.tensor([batch.size for batch in those], device=values.device)
+            self._totals[name] = self._totals.get(name, 0) + (values * sizes).sum()
+        for y_pred, y in _alike(batch for batch in waiting if batch.y is not None):
+            self._metrics.update(y_pred, y)
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the mean of each loss over all samples so far."""
+        self.count()
+        return {name: total / self.samples for name, total in self._totals.items()}
+
+    def reset(self) -> None:
+        """Begin another epoch."""
+        self._totals, self._waiting, self._elements, self.samples = {}, [], 0, 0
+        self._metrics.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not in the states of the metrics: sums, and the batches that wait.
+
+        These are not counted for it: a training that is not saved counts them together.
+        """
+        waiting = [vars(batch) for batch in self._waiting]
+        return {"totals": self._totals, "samples": self.samples, "waiting": waiting}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` returned."""
+        moved = apply_to_collection(dict(state), Tensor, lambda tensor: tensor.to(device))
+        self._totals, self.samples = moved["totals"], moved["samples"]
+        self._waiting = [_Batch(**batch) for batch in moved["waiting"]]
+        kept = (each for batch in self._waiting for each in (batch.y_pred, batch.y))
+        self._elements = sum(each.numel() for each in kept if each is not None)
+
+
+_MOST_BATCHES: Final = 32
+_MOST_ELEMENTS: Final = 2**20
+
+
+def _counts_samples(metric: Any) -> bool:
+    """Return whether an update with two batches in one is the same as one with each of them."""
+    return type(metric).__module__.startswith("torchmetrics.classification.")
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """Return a tensor that stays as it is: a graph of CUDA may write into its outputs again."""
+    return tensor.detach().clone() if tensor.is_cuda else tensor.detach()
+
+
+def _alike(batches: Iterable[_Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the predictions and labels of neighbours whose tensors can be put together."""
+    for (dimensions, *_), group in itertools.groupby(batches, _kind):
+        those = [(batch.y_pred, batch.y) for batch in group]
+        if dimensions and len(those) > 1:
+            predictions, labels = zip(*those, strict=True)
+            yield torch.cat(predictions), torch.cat(labels)
+        else:
+            yield from those
+
+
+def _kind(batch: _Batch) -> tuple[Any, ...]:
+    parts = (batch.y_pred, batch.y)
+    return min(part.ndim for part in parts), *((part.shape[1:], part.dtype) for part in parts)
+
+
+def _detached(value: Any) -> Any:
+    """Return `value` without its graph, which metrics that keep predictions would keep alive."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_detached(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 def batch_size(*values: Any) -> int:

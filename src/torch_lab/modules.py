@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
 from torch_lab.errors import ComponentsError, did_you_mean
-from torch_lab.metrics import batch_size
+from torch_lab.metrics import EpochValues, batch_size
 from torch_lab.transforms import Metadata, as_transform
 
 __all__ = ["LabModule", "TrainLabModule"]
@@ -64,6 +64,14 @@ class LabModule(pl.LightningModule):
         # Kept as given too: a transform that is a module moves between devices with this one.
         self.transform = transform
         self._transform = None if transform is None else as_transform(transform)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes here which hook it calls, some thirty times a step. It is no module and no
+        # tensor, for which torch would look at it.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, x: Any) -> Any:
         """Return what the network makes of `x`."""
@@ -133,9 +141,6 @@ class TrainLabModule(LabModule):
             training: a batch without labels, a loss that is no scalar, a name logged twice.
     """
 
-    metrics: dict[Stage, MetricCollection]
-    """The metrics of every stage: the epoch so far, until its values have been logged."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -164,18 +169,24 @@ class TrainLabModule(LabModule):
         self.scheduler_factory = (
             None if scheduler_factory is None else _called("scheduler_factory", scheduler_factory)
         )
-        self._epoch_losses: dict[Stage, _Means] = {}
         collection = _collection(metrics)
-        self.metrics = {stage: collection.clone() for stage in _STAGES}
-        # Modules in a plain dict are not found by Lightning; a ModuleDict refuses the key "train".
-        for stage, clone in self.metrics.items():
+        self._epochs: dict[Stage, EpochValues] = {}
+        for stage in _STAGES:
+            clone = collection.clone()
+            # Modules in a plain dict are not found by Lightning; a ModuleDict refuses "train".
             self.add_module(f"{stage}_metrics", clone)
+            self._epochs[stage] = EpochValues(clone)
+        self._names = set(collection.keys())
+
+    @property
+    def metrics(self) -> dict[Stage, MetricCollection]:
+        """The metrics of every stage: the epoch so far, until its values have been logged."""
+        return {stage: epoch.metrics for stage, epoch in self._epochs.items()}
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier, interrupted epoch has left."""
-        self._epoch_losses.clear()
-        for collection in self.metrics.values():
-            collection.reset()
+        for epoch in self._epochs.values():
+            epoch.reset()
 
     def epoch_state_dict(self) -> dict[str, Any]:
         """Return what this process has gathered of the training epoch so far, for a checkpoint.
@@ -183,14 +194,13 @@ class TrainLabModule(LabModule):
         A module of your own that keeps such sums may have this method and the next: plain values
         and tensors, of each process its own. States of metrics are saved without it.
         """
-        losses = self._epoch_losses.get("train")
-        return {} if losses is None else {"totals": losses.totals, "count": losses.count}
+        epoch = self._epochs["train"]
+        return epoch.state_dict() if epoch.samples else {}
 
     def load_epoch_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `epoch_state_dict` returned."""
         if state:
-            totals = {name: total.to(self.device) for name, total in state["totals"].items()}
-            self._epoch_losses["train"] = _Means(totals, state["count"])
+            self._epochs["train"].load_state_dict(state, self.device)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and, if there is one, the scheduler, in Lightning's form."""
@@ -247,11 +257,9 @@ class TrainLabModule(LabModule):
         y_pred = self(x)
         losses = self._losses(y_pred, y)
         size = batch_size(y, x)
-        self._epoch_losses.setdefault(stage, _Means()).add(losses, size)
         if stage == "train":
             self._log_step(losses, size)
-        if metrics := self.metrics[stage]:
-            metrics.update(_detached(y_pred), y)
+        self._epochs[stage].add(losses, size, y_pred, y)
         return losses["loss"]
 
     def _losses(self, y_pred: Any, y: Any) -> dict[str, Tensor]:
@@ -261,7 +269,7 @@ class TrainLabModule(LabModule):
             return {"loss": _scalar(result, "it")}
         if not result:
             raise ComponentsError("the loss function returned an empty dictionary")
-        taken = {"loss", *self.metrics["train"].keys()} & result.keys()
+        taken = {"loss", *self._names} & result.keys()
         if taken:
             raise ComponentsError(
                 f"the loss function returned the key {min(map(str, taken))!r}, the name of "
@@ -282,32 +290,17 @@ class TrainLabModule(LabModule):
 
     def _log_epoch(self, stage: Stage) -> None:
         """Log the losses of the epoch and the scalars among the metrics' values, and start anew."""
-        if losses := self._epoch_losses.pop(stage, None):
-            means = {f"{name}/{stage}": value for name, value in losses.means().items()}
-            self.log_dict(means, sync_dist=True, batch_size=losses.count)
-        if metrics := self.metrics[stage]:
+        epoch = self._epochs[stage]
+        if epoch.samples:
+            means = {f"{name}/{stage}": value for name, value in epoch.means().items()}
+            self.log_dict(means, sync_dist=True, batch_size=epoch.samples)
+        if metrics := epoch.metrics:
             scalars = {
                 f"{name}/{stage}": v for name, v in metrics.compute().items() if _is_scalar(v)
             }
             # All processes have the same values; sync_dist only says that we know.
             self.log_dict(scalars, sync_dist=True, batch_size=1)
-            metrics.reset()
-
-
-class _Means:
-    """Means of losses over batches of several sizes."""
-
-    def __init__(self, totals: dict[str, Tensor] | None = None, count: int = 0) -> None:
-        self.totals = totals or {}
-        self.count = count
-
-    def add(self, losses: dict[str, Tensor], size: int) -> None:
-        for name, value in losses.items():
-            self.totals[name] = self.totals.get(name, 0) + value.detach().float() * size
-        self.count += size
-
-    def means(self) -> dict[str, Tensor]:
-        return {name: total / self.count for name, total in self.totals.items()}
+        epoch.reset()
 
 
 def _split(batch: Any) -> tuple[Any, Metadata]:
@@ -349,18 +342,6 @@ def _scalar(loss: Any, name: str) -> Tensor:
 
 def _is_scalar(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
-
-
-def _detached(value: Any) -> Any:
-    """Return `value` without its graph, which metrics that keep predictions would keep alive."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_detached(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
 
 
 def _collection(

@@ -53,6 +53,7 @@ from torch_lab.files import written_whole
 from torch_lab.hparams import DevRun, Hparams
 from torch_lab.loaders import Loaders
 from torch_lab.modules import TrainLabModule
+from torch_lab.profiling import NoProfiler
 from torch_lab.recording import MetricsLogger, cut_back
 from torch_lab.redaction import masked
 from torch_lab.remote import Access, asking
@@ -704,7 +705,7 @@ def build_trainer(
     Raises:
         HparamsError: Lightning refuses a value.
     """
-    init = {"logger": False, **defaults, **hparams.trainer.init}
+    init = {"logger": False, "profiler": NoProfiler(), **defaults, **hparams.trainer.init}
     if not lightning_shards:
         init["use_distributed_sampler"] = False
     if init.get("enable_checkpointing") is False or init.get("fast_dev_run"):

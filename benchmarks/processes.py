@@ -1,0 +1,27 @@
+"""What a step costs two processes that train together, against plain Lightning's.
+
+python benchmarks/processes.py [ROUNDS]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from harness import ROUNDS, Figure, in_turn, python, ratios, show, stretches
+
+TRAININGS = {
+    "Lightning": python("lightning_steps.py", "mlp", 64, "memory", "ddp"),
+    "ours": python("our_steps.py", "mlp", 64, "arrays", "ddp"),
+}
+
+
+def figures(rounds: int = ROUNDS) -> list[Figure]:
+    """Return the goal of two processes."""
+    with stretches(TRAININGS, steps=100) as measures:
+        found = in_turn(measures, rounds)
+    own = ratios(found, "ours", "Lightning")
+    return [Figure("14", "DDP with two processes", "Lightning", own, at_most=1.05)]
+
+
+if __name__ == "__main__":
+    show(figures(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS))
