@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from torch_lab.callbacks import CsvWriter, JsonLinesWriter, NpzWriter, PredictionWriter
 from torch_lab.errors import TorchLabError, UserError
+from torch_lab.modules import LabModule
 
 FORMATS = [CsvWriter, JsonLinesWriter, NpzWriter]
 
@@ -106,6 +108,47 @@ def test_csv_has_idx_scalars_and_out(tmp_path: Path) -> None:
         ["11", "1", 'n "1",\nü', "100", "0.2", "3.0"],
         ["12", "0", 'n "2",\nü', "200", "0.4", "5.0"],
     ]
+
+
+def test_numbers_are_written_as_the_csv_module_writes_them(tmp_path: Path) -> None:
+    """Though they are written without it: extremes, NaN, True, and rows with a text among them."""
+    odd = [0.1, -0.0, 1e-5, 1e16, 1e22, float("nan"), float("-inf"), 3.0, 1 / 3, 5e-324]
+    numbers = {
+        "out": torch.tensor(odd, dtype=torch.float64),
+        "half": torch.tensor(odd, dtype=torch.float16),
+        "pair": torch.tensor([odd, odd], dtype=torch.float32).T,
+        "whole": torch.arange(-5, 5),
+        "is_odd": torch.arange(10) % 2 == 1,
+        "none": torch.empty(10, 0),
+    }
+    names = [f"a{place}" for place in range(10)]
+    predict(CsvWriter(tmp_path / "n.csv"), batches(numbers))
+    predict(CsvWriter(tmp_path / "t.csv"), batches({**numbers, "name": names}))
+    own, with_text = rows(tmp_path / "n.csv"), rows(tmp_path / "t.csv")
+    assert own[0] == ["idx", "out", "half", "pair_0", "pair_1", "whole", "is_odd"]
+    assert [row[:-1] for row in with_text] == own
+    table = [[str(value) for value in numbers["out"].tolist()]]
+    table.append([str(value) for value in numbers["half"].numpy()])
+    table.append([str(value) for value in numbers["pair"][:, 0].numpy()])
+    assert [row[1:4] for row in own[1:]] == [list(row) for row in zip(*table, strict=True)]
+    assert [row[5:] for row in own[1:3]] == [["-5", "False"], ["-4", "True"]]
+
+
+@pytest.mark.parametrize("writer", [CsvWriter, JsonLinesWriter])
+def test_rows_take_no_memory_once_written(tmp_path: Path, writer: type[PredictionWriter]) -> None:
+    """Ten times as many need no more at their peak: not for their texts, nor for their places."""
+    peaks = []
+    for size in (2_000, 4_000, 40_000):
+        data = TensorDataset(torch.zeros(size, 1))
+        tracemalloc.start()
+        try:
+            module = LabModule(torch.nn.Identity())
+            predict(writer(tmp_path / "rows"), DataLoader(data, batch_size=100), module=module)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    _, few, many = peaks  # The first run of all imports and caches.
+    assert many < few + 100_000
 
 
 def test_json_lines_have_lists(tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_config_gets_the_whole_dictionary_with_its_defaults(lab: Lab) -> None:
             "every_n_steps": None,
             "keep": 1,
             "give_up_after": 3,
+            "async": False,
         },
         "trainer": {
             "init": {"max_epochs": 2},

@@ -17,6 +17,7 @@ import logging
 import os
 import pickle
 import shutil
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,13 +30,14 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from torch_lab.errors import CheckpointError, DamagedError, did_you_mean
-from torch_lab.files import beside, link, publish, sha256_of, sync
+from torch_lab.files import beside, link, move, publish, sha256_of, sync
 from torch_lab.hparams import Hparams
 from torch_lab.mirror import Progress
 from torch_lab.plain import plain_values
 from torch_lab.remote import Remote, access, fetched, find_remote, is_id
 from torch_lab.runs import Run, artifacts_folder, find_run, project_root
 from torch_lab.server import Server
+from torch_lab.snapshots import Snapshots
 from torch_lab.utils import shown
 
 __all__ = [
@@ -56,6 +58,8 @@ DESCRIPTION = "torch_lab"
 
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9"
 """How a file begins that torch wrote before 1.6."""
+_PIECE_BYTES = 1 << 22
+_SECONDS_TO_NEXT_PIECE = 0.001
 _ANY_TEMPORARY = ".*.ckpt.new.tmp"
 _LAST = "last"
 _PREVIOUS = "previous"
@@ -73,6 +77,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._whole: set[Path] = set()
         self._swept: set[Path] = set()
         self._told: set[str] = set()
+        self._snapshots = Snapshots()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -84,13 +89,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: It cannot be written; nothing has changed. `strerror` says why.
         """
-        values, lost = plain_values(checkpoint)
-        self._tell(lost)
+        values = self._plain(checkpoint)
         with self._replacing(Path(path)) as target:
             digest = _write(values, _temporary(target))
             description = _description(values, digest, _temporary(target))
             text = json.dumps(description, indent=2, allow_nan=False)
             _temporary(_sidecar(target)).write_text(text + "\n", encoding="utf-8")
+            sync(_temporary(_sidecar(target)))
+
+    def snapshot(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of what `save_checkpoint` would write now; the one before is no more.
+
+        It lies in memory of its own, which is kept for the next.
+        """
+        return self._snapshots.taken(self._plain(checkpoint))
+
+    def _plain(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        values, lost = plain_values(checkpoint)
+        self._tell(lost)
+        return values
 
     def link(self, existing: Path, path: Path) -> None:
         """Make `path` the same checkpoint as `existing`, which takes no room on most disks.
@@ -118,13 +135,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @contextlib.contextmanager
     def _replacing(self, target: Path) -> Iterator[Path]:
-        """Yield `target`; what is written to its temporary names meanwhile takes its place."""
+        """Yield `target`; what is written to its temporary names meanwhile takes its place.
+
+        All that needs room must be on the disk at the end: only names change then.
+        """
         with _all_or_nothing(target):
             self._prepare(target)
             yield target
-            # All that needs room is on the disk before any name changes.
-            sync(_temporary(target))
-            sync(_temporary(_sidecar(target)))
             if target.stem == _LAST and _is_of_run(target) and self._is_whole(target):
                 self.link(target, target.with_stem(_PREVIOUS))
             _move(target)
@@ -194,8 +211,8 @@ def _move(target: Path) -> None:
     moves leaves a checkpoint that one of two sidecars describes.
     """
     sidecar = _sidecar(target)
-    publish(_temporary(target), target)
-    publish(_temporary(sidecar), sidecar)
+    move(_temporary(target), target)
+    move(_temporary(sidecar), sidecar)
 
 
 def _settle(target: Path) -> None:
@@ -220,29 +237,74 @@ def _sidecar(path: Path) -> Path:
 
 
 def _write(values: Mapping[str, Any], path: Path) -> str:
-    """Write a checkpoint to `path`, and return its sha256."""
-    with path.open("wb") as file:
-        hashed = _HashedFile(file)
+    """Write a checkpoint to `path`, safe on the disk, and return its sha256.
+
+    By way of a file of Python, which tells of errors, and lets other threads run after each part.
+    """
+    with path.open("wb") as file, _Hashing(path) as hashing:
+        told = _TellingFile(file)
         try:
-            torch.save(values, hashed)  # type: ignore[arg-type]
+            torch.save(values, told)  # type: ignore[arg-type]
         except RuntimeError:
             # Torch hides what happened behind "unexpected pos".
-            if hashed.failure is None:
+            if told.failure is None:
                 raise
-            raise hashed.failure from None
-    return hashed.sha256.hexdigest()
+            raise told.failure from None
+        file.flush()
+        hashing.has_all = True
+        sync(path)
+    return hashing.sha256.hexdigest()
 
 
-class _HashedFile:
-    """A file that torch writes to, whose sha256 is known at the end without reading it again."""
+class _Hashing:
+    """Finds the sha256 of a file in a thread, while another writes it from its start to its end.
+
+    It is read again for that, from memory: to hash each part before the next one is written takes
+    as long as the disk and the hash together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.sha256 = hashlib.sha256()
+        self.has_all = False
+        self._path = path
+        self._is_over = threading.Event()
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=self._follow, name="sha256")
+
+    def __enter__(self) -> _Hashing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        if self.has_all and self._failure is not None:
+            raise self._failure
+
+    def _follow(self) -> None:
+        piece = memoryview(bytearray(_PIECE_BYTES))
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                while not self._is_over.is_set() or self.has_all:
+                    has_all = self.has_all
+                    if size := file.readinto(piece):
+                        self.sha256.update(piece[:size])
+                    elif has_all:
+                        break
+                    else:
+                        self._is_over.wait(_SECONDS_TO_NEXT_PIECE)
+        except OSError as error:
+            self._failure = error
+
+
+class _TellingFile:
+    """A file that torch writes to, which remembers what went wrong."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.sha256 = hashlib.sha256()
         self.failure: BaseException | None = None
 
     def write(self, content: bytes) -> int:
-        self.sha256.update(content)
         try:
             return self.file.write(content)
         except BaseException as error:

@@ -168,7 +168,7 @@ class ExactResume(pl.Callback):
         if self.stop.signum is None or (is_fitting and trainer.world_size > 1):
             return
         if is_fitting and self._writer is not None:
-            self._writer.write(trainer, Point.VALIDATION)
+            self._writer.write(trainer, Point.VALIDATION, is_last=True)
         self.stop.answer()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -235,7 +235,7 @@ class ExactResume(pl.Callback):
             # weights will be others then.
             can_wait = point == Point.BATCH and _is_accumulating(trainer)
             if signum or writer.has_found_the_best or not can_wait:
-                writer.write(trainer, point)
+                writer.write(trainer, point, is_last=bool(signum))
                 self._is_new = False
             # The others would not hear of it again before they are asked for the next time.
             self._is_owed = self._is_new

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["beside", "link", "publish", "sha256_of", "sync", "written_whole"]
+__all__ = ["beside", "link", "move", "publish", "sha256_of", "sync", "written_whole"]
 
 
 def beside(path: Path, label: str) -> Path:
@@ -20,6 +20,11 @@ def beside(path: Path, label: str) -> Path:
 def publish(written: Path, path: Path) -> None:
     """Move `written`, once it is safe on the disk, to `path`, replacing what was there."""
     sync(written)
+    move(written, path)
+
+
+def move(written: Path, path: Path) -> None:
+    """Move `written`, which is safe on the disk, to `path`, replacing what was there."""
     written.replace(path)
     # Where both are names of one file already, a move does nothing, and leaves both.
     written.unlink(missing_ok=True)
@@ -27,12 +32,16 @@ def publish(written: Path, path: Path) -> None:
 
 
 def link(existing: Path, name: Path) -> None:
-    """Make `name` another name of the file `existing`, or a copy where a disk has no such links."""
+    """Make `name` another name of the file `existing`, or a copy where a disk has no such links.
+
+    A copy is safe on the disk then.
+    """
     name.unlink(missing_ok=True)
     try:
         os.link(existing, name)
     except OSError:
         shutil.copyfile(existing, name)
+        sync(name)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,8 @@ _OWNED = {
 }
 _LOADER_TIMEOUT = 600.0
 _COUNTS = {"max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches"}
+_WORDS_OF_PYTHON = {"in_background": "async"}
+"""What is a key, and cannot be the name of a field."""
 _OWNED_IN_OTHERS = {**_OWNED["fit"], "dataloaders": _COMPONENTS}
 
 
@@ -71,6 +73,12 @@ class CheckpointSection:
     """How many of the best checkpoints are kept."""
     give_up_after: int = 3
     """How many checkpoints in a row may fail to be written before the run stops."""
+    in_background: bool = False
+    """Whether they are written while training goes on; `async` in the dictionary."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a script would hold it."""
+        return {_WORDS_OF_PYTHON.get(name, name): value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class Hparams:
         """Return the whole dictionary, defaults included: a copy, for a config function to use."""
         plain = {
             "task": self.task,
-            "checkpoint": dict(vars(self.checkpoint)),
+            "checkpoint": self.checkpoint.as_dict(),
             "trainer": dict(vars(self.trainer)),
             "config": self.config,
             "seed": self.seed,
@@ -259,7 +267,7 @@ def known_names(section: Key) -> tuple[str, ...]:
         case ("task",):
             return parameters_of("clearml.task", "Task.init")
         case ("checkpoint",):
-            return tuple(vars(CheckpointSection()))
+            return tuple(CheckpointSection().as_dict())
         case ("trainer",):
             return tuple(vars(TrainerArguments()))
         case ("trainer", call) if call in vars(TrainerArguments()):
@@ -326,16 +334,16 @@ class _Check:
 
     def checkpoint(self, given: object) -> CheckpointSection:
         checkpoint = self.is_dict(given, "checkpoint")
-        defaults = CheckpointSection()
-        self.are_known(checkpoint, vars(defaults), "checkpoint")
-        given = {**vars(defaults), **checkpoint}
+        defaults = CheckpointSection().as_dict()
+        self.are_known(checkpoint, defaults, "checkpoint")
+        given = {**defaults, **checkpoint}
         source, name = given["checkpoint_task_id"], given["checkpoint_name"]
         kinds = (str, Path, type(None))
         self.is_type(
             source, kinds, "checkpoint.checkpoint_task_id", "a run, a task id, a path or None"
         )
         self.is_type(name, str, "checkpoint.checkpoint_name", "a string")
-        for key in ("weights_only", "strict"):
+        for key in ("weights_only", "strict", "async"):
             self.yes_or_no(given[key], f"checkpoint.{key}")
         section = CheckpointSection(
             checkpoint_task_id=str(source) if source else None,
@@ -352,6 +360,7 @@ class _Check:
             ),
             keep=self.at_least_one(given["keep"], "checkpoint.keep"),
             give_up_after=self.at_least_one(given["give_up_after"], "checkpoint.give_up_after"),
+            in_background=given["async"],
         )
         self.weights_are_meant(section)
         return section

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 
 from torch_lab.checkpoints import DESCRIPTION, AtomicCheckpointIO
@@ -49,6 +53,48 @@ class _Kept:
     step: int
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What a checkpoint is to be: `last` in any case."""
+
+    due: _Kept | None
+    """One of the best as well, if it is one."""
+    kept: list[_Kept]
+    """The best ones that are to stay."""
+
+    @property
+    def told(self) -> str:
+        if self.due is None:
+            return "checkpoint last was"
+        return f"checkpoints last and {self.due.name} were"
+
+
+class _Begun:
+    """A checkpoint that a thread writes.
+
+    The thread outlives all but a kill: the interpreter waits for it at its end.
+    """
+
+    def __init__(self, order: _Order, write: Callable[[], None] | None = None) -> None:
+        self.order = order
+        self._write = write
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self._write is not None:
+                self._write()
+        except BaseException as error:
+            self._error = error
+
+    def outcome(self) -> BaseException | None:
+        """Return what went wrong, once it is over."""
+        self._thread.join()
+        return self._error
+
+
 class CheckpointWriter(Checkpoint):
     """Writes `last`, and those that are the best, at the points that `torch_lab.exact` finds.
 
@@ -57,6 +103,11 @@ class CheckpointWriter(Checkpoint):
 
     A checkpoint that cannot be written does not end the training: an error is logged, and the next
     point tries again, until `give_up_after` have failed in a row.
+
+    With `async` in the hparams it is copied at its point, and written by a thread while training
+    goes on. There is one at a time: the next waits until it is on the disk. To drop one of the two
+    would lose a best one, and to keep both would take the memory of a third state of the training.
+    What became of it is known, and told, at the next point that writes.
 
     Raises:
         NotWrittenError: So many have failed.
@@ -84,10 +135,13 @@ class CheckpointWriter(Checkpoint):
         self._failures = 0
         self._failing_since: str | None = None
         self._failure = ""
+        self._begun: _Begun | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count the minutes and steps to the first checkpoint."""
         self._rest(trainer)
+        if self.section.in_background and (why := _why_it_waits(trainer)):
+            log.warning("checkpoint.async: training waits for checkpoints all the same: %s", why)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the metrics of earlier epochs, which live on in the trainer."""
@@ -108,7 +162,7 @@ class CheckpointWriter(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `last`, after what the other callbacks have done at the end."""
-        self.write(trainer, Point.END)
+        self.write(trainer, Point.END, is_last=True)
         if self._failures:
             # Nothing comes after it that could try again.
             raise self._not_written()
@@ -130,17 +184,52 @@ class CheckpointWriter(Checkpoint):
         every = self.section.every_minutes
         return every is not None and time.monotonic() - self._written_at >= 60 * every
 
-    def write(self, trainer: pl.Trainer, point: Point) -> None:
-        """Write a checkpoint of this `point`; all processes of the run call it."""
-        failure = self._write(trainer, point)
-        self._rest(trainer)
-        if failure is None:
-            self._has_written()
-        else:
-            self._has_failed(failure)
+    def write(self, trainer: pl.Trainer, point: Point, *, is_last: bool = False) -> None:
+        """Write a checkpoint of this `point`; all processes of the run call it.
 
-    def _write(self, trainer: pl.Trainer, point: Point) -> str | None:
-        """Return why the checkpoint was not written, the same on all processes."""
+        Args:
+            trainer: What trains.
+            point: Where it stands.
+            is_last: Whether the run ends here, so that the file must be there at the return.
+        """
+        self._settle(trainer)
+        order = _Order(self._due, self._kept)
+        waits = is_last or not self.section.in_background or bool(_why_it_waits(trainer))
+        failure = self._write(trainer, point, order, waits=waits)
+        self._due = None
+        self._rest(trainer)
+        if failure is not None:
+            self._has_failed(failure, order)
+        elif waits:
+            self._has_written(order)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written meanwhile, if one is.
+
+        It is for the end of a run by an error, where there is no next point that would tell.
+        """
+        begun, self._begun = self._begun, None
+        if begun is not None and (error := begun.outcome()) is not None:
+            log.error("%s not written: %s", begun.order.told, _reason(error))
+
+    def _settle(self, trainer: pl.Trainer) -> None:
+        """Wait for the checkpoint that is being written meanwhile, and see what became of it."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        error = begun.outcome()
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        failure = trainer.strategy.broadcast(None if error is None else _reason(error))
+        if failure is None:
+            self._has_written(begun.order)
+        else:
+            self._has_failed(failure, begun.order)
+
+    def _write(
+        self, trainer: pl.Trainer, point: Point, order: _Order, *, waits: bool
+    ) -> str | None:
+        """Return why the checkpoint was not written, or begun, the same on all processes."""
         marks = self.logger.mark() if trainer.is_global_zero else {}
         if trainer.strategy.broadcast(marks is None):
             return "the metrics of the run cannot be written"
@@ -150,33 +239,45 @@ class CheckpointWriter(Checkpoint):
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         finally:
             self.point = None
+        if not waits:
+            self._begin(trainer, checkpoint, order)
+            return None
         failure: str | None = None
         try:
-            self._store(trainer, checkpoint)
+            save = functools.partial(trainer.strategy.save_checkpoint, checkpoint)
+            self._store(trainer, save, order)
         except OSError as error:
-            failure = error.strerror or str(error)
+            failure = _reason(error)
         told: str | None = trainer.strategy.broadcast(failure)
         return told
 
-    def _store(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    def _begin(self, trainer: pl.Trainer, checkpoint: dict[str, Any], order: _Order) -> None:
+        """Copy a checkpoint, and have a thread write it on the process of rank zero."""
+        write = None
+        if trainer.is_global_zero and (files := _own_files(trainer)):
+            save = functools.partial(files.save_checkpoint, files.snapshot(checkpoint))
+            write = functools.partial(self._store, trainer, save, order)
+        self._begun = _Begun(order, write)
+
+    def _store(self, trainer: pl.Trainer, save: Callable[[Path], None], order: _Order) -> None:
         """Write the file; one of the best first, so that `last` never knows of one that is not."""
         last = self.run.checkpoint("last")
-        files = trainer.strategy.checkpoint_io
-        if self._due is None or not isinstance(files, AtomicCheckpointIO):
-            trainer.strategy.save_checkpoint(checkpoint, last)
-        if self._due is None:
+        files = _own_files(trainer)
+        if order.due is None or files is None:
+            save(last)
+        if order.due is None:
             return
-        target = self.run.checkpoint(self._due.name)
-        trainer.strategy.save_checkpoint(checkpoint, target)
-        if trainer.is_global_zero and isinstance(files, AtomicCheckpointIO):
-            is_the_best = self._kept[0] == self._due
-            if is_the_best and self._due.name != "best":
+        target = self.run.checkpoint(order.due.name)
+        save(target)
+        if trainer.is_global_zero and files is not None:
+            is_the_best = order.kept[0] == order.due
+            if is_the_best and order.due.name != "best":
                 files.link(target, self.run.checkpoint("best"))
             files.link(target, last)
-            self._remove_others(files)
+            self._remove_others(files, order)
 
-    def _remove_others(self, files: AtomicCheckpointIO) -> None:
-        names = {kept.name for kept in self._kept}
+    def _remove_others(self, files: AtomicCheckpointIO, order: _Order) -> None:
+        names = {kept.name for kept in order.kept}
         for path in self.run.checkpoints_folder.glob("best-*.ckpt"):
             if path.stem not in names:
                 files.remove_checkpoint(path)
@@ -185,29 +286,27 @@ class CheckpointWriter(Checkpoint):
         self._steps_at_write = trainer.global_step
         self._written_at = time.monotonic()
 
-    def _has_written(self) -> None:
+    def _has_written(self, order: _Order) -> None:
         if self._failures:
             log.info("checkpoints are written again")
-        self._failures, self._failing_since, self._due = 0, None, None
-        self._kept_on_disk = self._kept
+        self._failures, self._failing_since = 0, None
+        self._kept_on_disk = order.kept
 
-    def _has_failed(self, failure: str) -> None:
+    def _has_failed(self, failure: str, order: _Order) -> None:
         self._failures += 1
         self._failing_since = self._failing_since or datetime.now().strftime("%H:%M:%S")
         self._failure = failure
-        what = (
-            "checkpoint last was"
-            if self._due is None
-            else f"checkpoints last and {self._due.name} were"
-        )
         # The next one will hold other weights than those that were the best.
-        self._kept, self._due = self._kept_on_disk, None
+        self._kept = self._kept_on_disk
+        if newer := self._due:
+            self._due = None
+            self._rank(newer.score, newer.step)
         limit = self.section.give_up_after
         if self._failures >= limit:
             raise self._not_written()
         log.error(
             "%s not written: %s; none was since %s (%d of %d before the run stops)",
-            *(what, failure, self._failing_since, self._failures, limit),
+            *(order.told, failure, self._failing_since, self._failures, limit),
         )
 
     def _not_written(self) -> NotWrittenError:
@@ -279,6 +378,26 @@ class CheckpointWriter(Checkpoint):
     def fresh_names(self, trainer: pl.Trainer) -> list[str]:
         """Return the names of the metrics that this epoch has logged."""
         return list(self._fresh(trainer.callback_metrics))
+
+
+def _own_files(trainer: pl.Trainer) -> AtomicCheckpointIO | None:
+    """Return what writes checkpoints, unless it is somebody else's."""
+    files = trainer.strategy.checkpoint_io
+    return files if isinstance(files, AtomicCheckpointIO) else None
+
+
+def _why_it_waits(trainer: pl.Trainer) -> str:
+    """Return why a training cannot go on while a checkpoint is written; empty if it can."""
+    strategy = trainer.strategy
+    if _own_files(trainer) is None:
+        return f"{type(strategy.checkpoint_io).__name__} writes them"
+    if type(strategy).save_checkpoint is not Strategy.save_checkpoint:
+        return f"with {type(strategy).__name__} all processes write them together"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _finite(value: Any) -> float | None:

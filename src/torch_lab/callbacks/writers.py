@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import uuid
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, Final, TextIO
 
 import numpy as np
 import pytorch_lightning as pl
@@ -27,6 +28,8 @@ Columns = dict[str, NDArray[Any]]
 """Arrays by name, each with one entry per sample in its first dimension."""
 
 BUFFER_BYTES = 1 << 20
+_NUMBERS: Final = "biuf"
+"""The kinds of arrays that hold numbers, or True and False."""
 
 
 class PredictionWriter(pl.callbacks.BasePredictionWriter):
@@ -134,6 +137,7 @@ class PredictionWriter(pl.callbacks.BasePredictionWriter):
         names = self.columns or list(dict.fromkeys(self.default_columns(metadata, outputs)))
         columns = _chosen(metadata | outputs, names, size)
         self._check_shapes(columns)
+        _forget_indices(trainer, batch_idx, dataloader_idx)
         if trainer.world_size > 1:
             is_number = idx.shape == (size,) and np.issubdtype(idx.dtype, np.integer)
             self._remember(dataloader_idx, idx if is_number else places)
@@ -266,12 +270,18 @@ class CsvWriter(_TextWriter):
 
     def append(self, columns: Columns) -> None:
         assert self._file is not None
-        table = {name: cells for key in columns for name, cells in _cells(key, columns[key])}
+        columns = {name: column for name, column in columns.items() if 0 not in column.shape[1:]}
         rows = csv.writer(self._file, lineterminator="\n")
         if not self._has_header:
-            rows.writerow(table)
+            rows.writerow(name for key in columns for name in _names(key, columns[key]))
             self._has_header = True
-        rows.writerows(zip(*table.values(), strict=True))
+        if all(column.dtype.kind in _NUMBERS for column in columns.values()):
+            # Nothing to be quoted: as text alone it takes a quarter of the time.
+            texts = (map(",".join, _cells(column)) for column in columns.values())
+            self._file.writelines(",".join(row) + "\n" for row in zip(*texts, strict=True))
+        else:
+            cells = map(_cells, columns.values())
+            rows.writerows(itertools.chain(*row) for row in zip(*cells, strict=True))
 
     def header(self, records: Sequence[Iterator[str]]) -> str:
         headers = [header for part in records if (header := next(part, None)) is not None]
@@ -413,6 +423,16 @@ def _chosen(columns: Columns, names: Sequence[str], size: int) -> Columns:
     return chosen
 
 
+def _forget_indices(trainer: pl.Trainer, batch: int, dataloader: int) -> None:
+    """Let go of a batch's indices, of which Lightning keeps a list of all to the end."""
+    loaders = trainer.predict_loop._combined_loader
+    if loaders is not None:
+        sampler = getattr(loaders.flattened[dataloader], "batch_sampler", None)
+        seen: list[Sequence[int]] = getattr(sampler, "seen_batch_indices", [])
+        if batch < len(seen):
+            seen[batch] = ()
+
+
 def _keys_of(part: Path) -> Path:
     return part.with_suffix(".keys")
 
@@ -438,14 +458,22 @@ def _open_text(path: Path) -> TextIO:
     return path.open("w", encoding="utf-8", newline="", buffering=BUFFER_BYTES)
 
 
-def _cells(name: str, column: NDArray[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the table's columns for one value: one, or one for each of a sample's numbers."""
-    flat = column.reshape(len(column), -1)
+def _names(name: str, column: NDArray[Any]) -> list[str]:
+    """Return the names of the table's columns for one value: one for each of a sample's numbers."""
     names = ["_".join(map(str, [name, *place])) for place in np.ndindex(*column.shape[1:])]
-    if flat.dtype in (np.float16, np.float32):
-        # The shortest text that is exact; as Python's floats they would have 17 digits.
-        flat = flat.astype(str)
-    yield from zip(names if len(names) > 1 else [name], flat.T.tolist(), strict=True)
+    return names if len(names) > 1 else [name] * len(names)
+
+
+def _cells(column: NDArray[Any]) -> Iterator[Sequence[Any]]:
+    """Yield for each sample what stands in the table's columns, numbers as their texts."""
+    flat = column.reshape(len(column), -1)
+    if flat.dtype.kind in _NUMBERS and flat.dtype != np.float64:
+        # Of 32 bits the shortest text that is exact; as Python's floats they would have 17 digits.
+        yield from flat.astype(str).tolist()
+    elif flat.dtype == np.float64:
+        yield from (list(map(str, row)) for row in flat.tolist())
+    else:
+        yield from flat.tolist()
 
 
 def _json_values(column: NDArray[Any]) -> Any:
