@@ -12,7 +12,7 @@ SOURCES := src tests docs/conf.py $(wildcard benchmarks)
 test sweep coverage: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test sweep check lint types layers dead-code dependencies docs format coverage bench constraints clean
+.PHONY: help env demo test sweep check lint types layers dead-code dependencies docs format coverage bench bench-peers constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s%s\n", $$1, $$2 }'
@@ -42,11 +42,11 @@ coverage: env ## Run the same tests, and demand 95 % of the lines and branches o
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: env ## Measure start-up, and the cost of exactness and of tracking, each against a peer
-	$(BIN)/python benchmarks/start.py
-	$(BIN)/python benchmarks/exact_data.py
-	$(BIN)/python benchmarks/tracking.py
-	$(BIN)/python benchmarks/provenance.py
+bench: env ## Measure all costs, each against a peer, and write docs/performance.md (ARGS=--short prints a few)
+	$(BIN)/python benchmarks/report.py $(ARGS)
+
+bench-peers: env ## Install what the benchmarks compare with, as far as it is not here yet
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 
 check: lint types layers dead-code dependencies docs ## All that can be checked without a test
 
@@ -75,7 +75,7 @@ format: env ## Format, and mend what can be mended
 
 constraints: ## Renew constraints.txt from a fresh environment (TORCH=2.13.0 to choose torch's version)
 	$(PYTHON) -m venv --clear .venv-lock
-	.venv-lock/bin/python -m pip install --quiet '.[dev,example]' $(if $(TORCH),torch==$(TORCH))
+	.venv-lock/bin/python -m pip install --quiet '.[dev,example,bench]' $(if $(TORCH),torch==$(TORCH))
 	sed '/^$$/q' constraints.txt > .venv-lock/constraints.txt
 	.venv-lock/bin/python -m pip freeze --all | sed -e '/^torch-lab /d' -e '/^pip==/d' -e 's/+[a-z0-9.]*$$//' >> .venv-lock/constraints.txt
 	mv .venv-lock/constraints.txt constraints.txt

@@ -29,11 +29,13 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(PEERS), os.environ.get("PYTHONPATH")])),
 }
 """One thread for each process, and the modules that the peers share."""
+# What is installed is compiled once, and so shall be what is measured.
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio, of which each round gives one, and what it should be."""
+    """A ratio, of which each round gives one, and what it should be; or a difference, in a unit."""
 
     number: str
     """Of the goal that it belongs to; empty if it belongs to none."""
@@ -42,6 +44,8 @@ class Figure:
     ratios: Sequence[float]
     at_most: float | None = None
     at_least: float | None = None
+    unit: str = ""
+    """What a difference is in; a ratio has none."""
 
     @property
     def median(self) -> float:
@@ -59,15 +63,19 @@ class Figure:
     def goal(self) -> str:
         """What it should be, in words."""
         if self.at_most is not None:
-            return f"at most {self.at_most:g}"
-        return "" if self.at_least is None else f"at least {self.at_least:g}"
+            return f"at most {self.at_most:g} {self.unit}".rstrip()
+        return "" if self.at_least is None else f"at least {self.at_least:g} {self.unit}".rstrip()
 
     def row(self) -> tuple[str, ...]:
         """Return what a table says of it."""
         low, _, high = statistics.quantiles(self.ratios, n=4)
         told = {True: "reached", False: "not reached", None: ""}[self.is_reached]
-        spread = f"{low:.3f} to {high:.3f}"
-        return (self.number, self.name, self.peer, f"{self.median:.3f}", spread, self.goal, told)
+        spread = f"{self._told(low)} to {self._told(high)}"
+        middle = f"{self._told(self.median)} {self.unit}".rstrip()
+        return (self.number, self.name, self.peer, middle, spread, self.goal, told)
+
+    def _told(self, value: float) -> str:
+        return f"{value:+.1f}" if self.unit else f"{value:.3f}"
 
 
 TITLES = ("goal", "what", "against", "ratio", "quartiles", "asked for", "")
@@ -99,22 +107,30 @@ def show(figures: Sequence[Figure]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
 
 
-def wall(command: Sequence[str | Path], **options: Any) -> float:
+def wall(command: Sequence[str | Path], code: int = 0, **options: Any) -> float:
     """Return how many seconds a command takes, its output left unread.
 
+    Args:
+        command: Its words.
+        code: How it should end.
+        options: More for `subprocess.run`.
+
     Raises:
-        CalledProcessError: It failed.
+        CalledProcessError: It ended otherwise.
     """
     settings = {"env": ENVIRONMENT, "stdin": subprocess.DEVNULL} | options
     began = time.perf_counter()
-    subprocess.run(
+    ended = subprocess.run(
         [str(word) for word in command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        check=True,
+        check=False,
         **settings,
     )
-    return time.perf_counter() - began
+    took = time.perf_counter() - began
+    if ended.returncode != code:
+        raise subprocess.CalledProcessError(ended.returncode, ended.args)
+    return took
 
 
 class Trainee:

@@ -1,52 +1,275 @@
-"""How long the commands take to answer, as ratios to a peer that is measured in the same run.
+"""How long commands take to answer, and trainings to begin and to end.
 
     python benchmarks/start.py [ROUNDS]
 
-Each round runs every command once, in turn, so that a busy moment of the machine meets all of
-them. The table shows medians, and the quartiles of the ratio to the peer of the same round.
+The first step has ended when its `on_train_batch_end` is called, or in a plain loop after the
+optimizer's step; it is counted from just before the process is started. All train the same network
+on as many images, with a loss, an accuracy, a validation and a checkpoint; `train` validates once
+more before it begins, and keeps its record. By how much starting grows with the runs that are there
+is told from the processor's time until the trainer is set up, in forks of a process that has
+imported all: the rest of starting varies by more.
 """
 
 from __future__ import annotations
 
-import statistics
+import contextlib
+import importlib.util
+import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-PEER = "import click"
+from harness import ENVIRONMENT, PEERS, ROUNDS, Figure, in_turn, python, ratios, show, wall
+
+__all__ = ["curves", "figures", "short_figures"]
+
 BIN = Path(sys.executable).parent
-COMMANDS: dict[str, Sequence[str | Path]] = {
-    f'python -c "{PEER}"': [sys.executable, "-c", PEER],
-    "train --help": [BIN / "train", "--help"],
-    "infer --help": [BIN / "infer", "--help"],
-    "torch-lab --help": [BIN / "torch-lab", "--help"],
-    "train with a misspelt path": [BIN / "train", "nowhere.py"],
-}
+SCRIPT = Path("experiments") / "00_one_batch" / "hparams.py"
+TRAIN = [BIN / "train", SCRIPT, "--offline"]
+PASS, PLAIN, OURS = "python -c pass", "plain Lightning", "train"
+MOST_SLOWER = 13.6
+"""0.15 s for a command where `python -c pass` takes 0.011 s."""
+FEW, MANY = 20, 2_000
+SHORT = 3
+"""In so few rounds the peers without a goal are left out."""
 
 
-def seconds(command: Sequence[str | Path]) -> float:
-    """Return how long `command` takes, its output left unread."""
-    started = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-    return time.perf_counter() - started
+class Project:
+    """A project with an experiment of one batch, and with runs of it.
+
+    Args:
+        root: An empty folder for it.
+        like: A finished run, from which others are made.
+        runs: How many.
+    """
+
+    def __init__(self, root: Path, like: Path | None = None, runs: int = 0) -> None:
+        self.root = root
+        self.environment = {**ENVIRONMENT, "FOLDER": str(root)}
+        self.environment.pop("TORCH_LAB_ROOT", None)
+        root.mkdir(exist_ok=True)
+        shutil.copytree(PEERS / "experiments", root / "experiments")
+        (root / "pyproject.toml").touch()
+        (root / ".gitignore").write_text("data/\n", encoding="utf-8")
+        for words in (["init"], ["add", "."], [*AUTHOR, "commit", "-m", "one batch"]):
+            wall(["git", *words], cwd=root)
+        for number in range(runs):
+            self._add(like, number + 1)
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "data" / "artifacts"
+
+    def _add(self, like: Path | None, version: int) -> None:
+        assert like is not None
+        record = json.loads((like / "run.json").read_text(encoding="utf-8"))
+        record["version"], record["name"] = version, f"{like.name.rpartition('-')[0]}-v{version}"
+        folder = self.artifacts / record["name"]
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        for sidecar in like.glob("checkpoints/*.json"):
+            shutil.copy(sidecar, folder / "checkpoints")
+
+    def answer(
+        self, command: Sequence[str | Path], code: int = 0, **more: str
+    ) -> Callable[[], float]:
+        """Return what measures a command in this project."""
+        environment = {**self.environment, **more}
+        return lambda: wall(command, code, cwd=self.root, env=environment)
 
 
-def main(rounds: int) -> None:
+AUTHOR = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost"]
+
+
+@contextlib.contextmanager
+def projects(*runs: int) -> Iterator[list[Project]]:
+    """Yield projects that have so many runs, each with a real record."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = Project(Path(folder) / "first")
+        wall(TRAIN, cwd=first.root, env={**first.environment, "BEGAN": "0"})
+        (like,) = first.artifacts.iterdir()
+        yield [Project(Path(folder) / str(number), like, number) for number in runs]
+
+
+def completing(line: str) -> dict[str, str]:
+    """Return the variables with which a shell asks for what may follow `line`."""
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    return {"_TRAIN_COMPLETE": "bash_complete", **words}
+
+
+# Goal 1: commands that answer.
+
+
+def answers(rounds: int) -> list[Figure]:
+    """Return what commands take that train nothing."""
+    with projects(FEW) as [project]:
+        measures = {
+            PASS: project.answer([sys.executable, "-c", "pass"]),
+            "train --help": project.answer([BIN / "train", "--help"]),
+            "one Tab, of a path": project.answer([BIN / "train"], **completing("train exp")),
+            "one Tab, of a run": project.answer(
+                [BIN / "train"], **completing(f"train {SCRIPT} --resume ")
+            ),
+            f"torch-lab runs, of {FEW}": project.answer([BIN / "torch-lab", "runs"]),
+            "train with a misspelt path": project.answer([BIN / "train", "nowhere.py"], code=2),
+        }
+        for measure in measures.values():
+            measure()
+        found = in_turn(measures, rounds)
+    return [
+        Figure("1", name, PASS, ratios(found, name, PASS), at_most=MOST_SLOWER)
+        for name in found
+        if name != PASS
+    ]
+
+
+# Goal 2: the first step, and all of a short process.
+
+
+class Beginning:
+    """Measures a process that trains one batch.
+
+    Args:
+        command: What trains.
+        folder: For its files, and its working directory.
+    """
+
+    def __init__(self, command: Sequence[str | Path], folder: Path) -> None:
+        self.command, self.folder = command, folder
+        self.first_steps: list[float] = []
+
+    def __call__(self) -> float:
+        """Return how many seconds all of it takes; keep when its first step had ended."""
+        variables = {**ENVIRONMENT, "FOLDER": str(self.folder), "BEGAN": str(time.time())}
+        took = wall(self.command, cwd=self.folder, env=variables)
+        told = (self.folder / "first_step").read_text(encoding="utf-8")
+        self.first_steps.append(float(told))
+        return took
+
+
+def peers(folder: Path, rounds: int) -> dict[str, list[str]]:
+    """Return the commands that do the same work, without those whose packages are missing."""
+    found = {PLAIN: python("start_lightning.py")}
+    if rounds > SHORT:
+        found["raw PyTorch"] = python("start_raw.py")
+        limits = {"max_epochs": 1, "limit_train_batches": 1, "default_root_dir": folder}
+        words = [f"--trainer.{name}={value}" for name, value in limits.items()]
+        found["LightningCLI"] = python("start_lightning_cli.py", "fit", *words)
+        found["a Hydra application"] = python("start_hydra.py")
+    needed = {"LightningCLI": "jsonargparse", "a Hydra application": "hydra"}
+    missing = [name for name in found if name in needed and not _has(needed[name])]
+    for name in missing:
+        print(f"left out: {name}, as {needed[name]} is not installed (make bench-peers)")
+        del found[name]
+    return found
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def beginnings(rounds: int) -> list[Figure]:
+    """Return what trainings of one batch take, against plain Lightning.
+
+    Before the first round nothing is compiled, and the disk not read; so that one is left out,
+    unless there are but a few.
+    """
+    extra = int(rounds > SHORT)
+    with tempfile.TemporaryDirectory() as folder:
+        project = Project(Path(folder) / "project")
+        measures = {OURS: Beginning(TRAIN, project.root)}
+        for name, command in peers(Path(folder), rounds).items():
+            own = Path(folder) / name.replace(" ", "-")
+            own.mkdir()
+            measures[name] = Beginning(command, own)
+        found = in_turn(measures, rounds + extra)
+    found = {name: times[extra:] for name, times in found.items()}
+    first = {name: measure.first_steps[extra:] for name, measure in measures.items()}
+    return [
+        Figure("2" if is_ours else "", f"{name}: {what}", PLAIN, ratios(times, name, PLAIN), goal)
+        for what, times, most in (("first step", first, 0.85), ("whole process", found, 0.75))
+        for name, is_ours in ((name, name == OURS) for name in times if name != PLAIN)
+        for goal in [most if is_ours else None]
+    ]
+
+
+# Goal 3: what runs cost that are there already.
+
+
+@contextlib.contextmanager
+def forked(project: Project) -> Iterator[Callable[[Project], float]]:
+    """Yield what gives the processor's seconds until the trainer is set up, without the imports."""
+    process = subprocess.Popen(
+        python("start_forked.py", SCRIPT, "--offline"),
+        env=project.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+
+    def seconds(where: Project) -> float:
+        print(where.root, file=process.stdin, flush=True)
+        took = float(process.stdout.readline())
+        # It leaves a run behind; there shall be as many the next time.
+        newest = max(where.artifacts.iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+        shutil.rmtree(newest)
+        return took
+
+    try:
+        yield seconds
+    finally:
+        process.communicate()
+
+
+def growth(rounds: int) -> list[Figure]:
+    """Return by how much starting grows with runs in the artifacts folder."""
+    with projects(FEW, MANY) as each, forked(each[0]) as seconds:
+        few, many = (lambda where=where: seconds(where) for where in each)
+        few(), many()
+        found = in_turn({"few": few, "many": many}, 3 * rounds)
+    grown = [(many - few) * 1000 for few, many in zip(found["few"], found["many"], strict=True)]
+    name = f"train: set up, with {MANY:,} runs"
+    return [Figure("3", name, f"the same with {FEW} runs", grown, at_most=20, unit="ms")]
+
+
+def curves(rounds: int) -> list[tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]]:
+    """Return the cost of starting against the number of runs that are there, as lines of a plot."""
+    numbers = (0, 200, 1_000, MANY)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    with projects(*numbers) as each, forked(each[0]) as seconds:
+        words = completing(f"train {SCRIPT} --resume ")
+        for name, measured in {
+            "train: set up (without the imports)": [
+                lambda where=where: seconds(where) for where in each
+            ],
+            "one Tab, of a run": [where.answer([BIN / "train"], **words) for where in each],
+        }.items():
+            found = in_turn(dict(zip(map(str, numbers), measured, strict=True)), rounds)
+            lines[name] = [
+                (number, sorted(ratios(found, str(number), "0"))[rounds // 2]) for number in numbers
+            ]
+    return [("Starting, with runs in the artifacts folder", "runs", lines)]
+
+
+def figures(rounds: int = ROUNDS) -> list[Figure]:
+    """Return what starting costs."""
+    return [*answers(rounds), *beginnings(rounds), *growth(rounds)]
+
+
+def short_figures() -> list[Figure]:
+    """Return what is shown beside every change; that starting does not grow, the tests say."""
+    return [*answers(SHORT), *beginnings(SHORT - 1)]
+
+
+def main() -> None:
     """Measure, and print a table."""
-    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for _ in range(rounds):
-        for name, command in COMMANDS.items():
-            times[name].append(seconds(command))
-    peer, *_ = times.values()
-    print(f"{'command':<30} {'median, ms':>10}  {'ratio':>5}  quartiles of the ratio")
-    for name, own in times.items():
-        ratios = [mine / others for mine, others in zip(own, peer, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        milliseconds, spread = statistics.median(own) * 1e3, f"{low:.2f} to {high:.2f}"
-        print(f"{name:<30} {milliseconds:>10.1f}  {middle:>5.2f}  {spread}")
+    show(figures(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
+    main()

@@ -20,6 +20,7 @@ from torch_lab.errors import HparamsError, UserError, listed
 from torch_lab.experiment import Experiment
 from torch_lab.explaining import layer_warnings
 from torch_lab.findings import Finding, Findings, Verdict
+from torch_lab.importing import heavy_imports
 from torch_lab.imports import parsed
 from torch_lab.places import CONFIG_SCRIPT
 from torch_lab.provenance import binds_hparams
@@ -274,7 +275,8 @@ def _report(
         if has_structure:
             findings.ok("structure")
         if batch:
-            from torch_lab.probe import probe
+            with heavy_imports():
+                from torch_lab.probe import probe
 
             probe(experiment, findings, tracking, trust_checkpoint=trust_checkpoint)
     found = {finding.check for finding in findings.all}

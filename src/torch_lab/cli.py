@@ -270,6 +270,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 def _train_one(path: Path, options: Mapping[str, Any]) -> None:
     from torch_lab.experiment import Experiment
     from torch_lab.hparams import check_goes_with_dev_run
+    from torch_lab.importing import heavy_imports
 
     # A mistake in the scripts is found before torch is imported, which takes seconds.
     dev_run = _dev_run(options)
@@ -277,7 +278,8 @@ def _train_one(path: Path, options: Mapping[str, Any]) -> None:
         check_goes_with_dev_run(resumes=options["resume"] is not None, online=options["online"])
     experiment = Experiment.load(path, **_overrides(options))
     experiment.check_added_keys()
-    from torch_lab.runner import train as train_experiment
+    with heavy_imports():
+        from torch_lab.runner import train as train_experiment
 
     train_experiment(
         experiment,
@@ -401,9 +403,11 @@ def infer(
     """
     with _failures(debug):
         from torch_lab.experiment import Experiment
+        from torch_lab.importing import heavy_imports
 
         experiment = Experiment.load(path, **_overrides(overrides))
-        from torch_lab.runner import infer as infer_experiment
+        with heavy_imports():
+            from torch_lab.runner import infer as infer_experiment
 
         given = arguments[1:] if arguments[:1] == ("--",) else arguments
         infer_experiment(
@@ -687,7 +691,10 @@ def trace(
 ) -> None:
     """Train for verify-resume, and write down what is seen and made."""
     with _failures(debug=False):
-        from torch_lab.tracing import TracedRun
+        from torch_lab.importing import heavy_imports
+
+        with heavy_imports():
+            from torch_lab.tracing import TracedRun
         from torch_lab.verify import KillPoint
 
         kill = KillPoint.parse(kill_at) if kill_at else None

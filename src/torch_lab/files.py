@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -57,6 +56,8 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of what is in a file, in hexadecimal digits."""
+    import hashlib  # It loads a library, which commands that only read have no use for.
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

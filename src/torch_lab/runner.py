@@ -44,8 +44,8 @@ from torch_lab.runs import (
     artifacts_folder,
     find_run,
     latest_unfinished,
+    newest_first,
     plain_name,
-    runs_of,
     untracked_files,
 )
 from torch_lab.samplers import Position
@@ -246,13 +246,14 @@ def _named(artifacts: Path, wanted: str) -> Run:
 
 def _newest(artifacts: Path, experiment: Experiment) -> Run:
     """Return the newest run that is unfinished, or else the newest, if it is completed."""
-    found = runs_of(artifacts, experiment.base_name)
+    name = experiment.base_name
     if process_rank() > 0:
         # The process of rank zero may have made it a running one already.
-        run = next((run for run in found if run.record.state != "completed"), None)
+        unfinished = (r for r in newest_first(artifacts, name) if r.record.state != "completed")
+        run = next(unfinished, None)
     else:
-        run = latest_unfinished(artifacts, experiment.base_name)
-    run = run or next(iter(found), None)
+        run = latest_unfinished(artifacts, name)
+    run = run or next(newest_first(artifacts, name), None)
     if run is None:
         why = "it has none yet: leave out --resume"
         raise UserError(f"{shown(experiment.script)} has no run to resume", why)

@@ -51,6 +51,7 @@ __all__ = [
     "installed_packages",
     "is_made_here",
     "latest_unfinished",
+    "newest_first",
     "path_in_sources",
     "plain_name",
     "project_root",
@@ -554,21 +555,29 @@ def _versions(artifacts: Path, base_name: str) -> Iterator[int]:
             yield int(match[1])
 
 
-def runs_of(artifacts: Path, base_name: str) -> list[Run]:
-    """Return the runs of a name without version, newest first; what holds no run is left out."""
+def newest_first(artifacts: Path, base_name: str) -> Iterator[Run]:
+    """Yield the runs of a name without version, and read only those that are asked for.
+
+    What holds no run is left out.
+    """
     plain_name(base_name, "a run's name")
     versions = sorted(_versions(artifacts, base_name), reverse=True) if artifacts.is_dir() else []
-    found = []
     for version in versions:
         with contextlib.suppress(CheckpointError):
-            found.append(Run.read(artifacts / f"{base_name}-v{version}"))
-    return found
+            yield Run.read(artifacts / f"{base_name}-v{version}")
+
+
+def runs_of(artifacts: Path, base_name: str) -> list[Run]:
+    """Return the runs of a name without version, newest first; what holds no run is left out."""
+    return list(newest_first(artifacts, base_name))
 
 
 def latest_unfinished(artifacts: Path, base_name: str) -> Run | None:
     """Return the newest run of a name without version that failed, was stopped or is lost."""
     unfinished = ("failed", "stopped", "lost")
-    return next((run for run in runs_of(artifacts, base_name) if run.state in unfinished), None)
+    return next(
+        (run for run in newest_first(artifacts, base_name) if run.state in unfinished), None
+    )
 
 
 def find_run(artifacts: Path, wanted: str, having: str | None = None) -> Run:
@@ -584,11 +593,9 @@ def find_run(artifacts: Path, wanted: str, having: str | None = None) -> Run:
         CheckpointError: There is no such run.
     """
     plain_name(wanted, "a run's name")
-    folders = [record.parent for record in artifacts.glob(f"*/{_RECORD}")]
-    names = {folder.name: folder for folder in folders}
-    if wanted in names:
-        return Run.read(names[wanted])
-    versions = sorted(_versions(artifacts, wanted), reverse=True) if folders else []
+    if (artifacts / wanted / _RECORD).is_file():
+        return Run.read(artifacts / wanted)
+    versions = sorted(_versions(artifacts, wanted), reverse=True) if artifacts.is_dir() else []
     if versions:
         candidates = [artifacts / f"{wanted}-v{version}" for version in versions]
         # What takes the place of a damaged `last` counts as well.
@@ -599,12 +606,15 @@ def find_run(artifacts: Path, wanted: str, having: str | None = None) -> Run:
             if having is None or any(_checkpoint(folder, str(n)).is_file() for n in serving)
         )
         return Run.read(next(complete, candidates[0]))
+    # Only for this is there a look into the folders of all other runs.
+    folders = [record.parent for record in artifacts.glob(f"*/{_RECORD}")]
     if re.fullmatch(r"[0-9a-f]{32}", wanted):
         return _run_with_id(folders, wanted, artifacts)
+    names = {folder.name for folder in folders}
     base_names = {unversioned(name) for name in names}
     raise CheckpointError(
         f"there is no run {wanted!r} in {shown(artifacts)}"
-        f"{did_you_mean(wanted, base_names | set(names))}",
+        f"{did_you_mean(wanted, base_names | names)}",
         f"runs there: {listed(sorted(names), 8) or 'none'}",
     )
 

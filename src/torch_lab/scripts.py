@@ -18,7 +18,6 @@ made can still be pickled.
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import itertools
@@ -29,10 +28,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch_lab.errors import ScriptError, did_you_mean
 from torch_lab.provenance import HOOK, Recorder, copied, instrumented
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader as _Loader
+    from importlib.abc import MetaPathFinder as _MetaPathFinder
+else:
+    # It imports as much as all of this: the resources of packages, temporary files, archives.
+    _Loader = _MetaPathFinder = object
 
 __all__ = [
     "Layer",
@@ -274,7 +280,7 @@ def _unescaped(part: str) -> str:
     return part
 
 
-class _ScriptFinder(importlib.abc.MetaPathFinder):
+class _ScriptFinder(_MetaPathFinder):
     """Finds `torch_lab.scripts.<folder>` and the scripts below it, in any process."""
 
     def find_spec(
@@ -373,7 +379,7 @@ def _is_sibling(module: ModuleType) -> bool:
     return is_imported and Path(names["__file__"]) not in _running.get()
 
 
-class _SiblingFinder(importlib.abc.MetaPathFinder):
+class _SiblingFinder(_MetaPathFinder):
     """Makes `import name` import `torch_lab.scripts.<folder>.name`."""
 
     def __init__(self, folder: Path, package: str) -> None:
@@ -397,7 +403,7 @@ class _SiblingFinder(importlib.abc.MetaPathFinder):
         ).is_file()
 
 
-class _Alias(importlib.abc.Loader):
+class _Alias(_Loader):
     """Loads the module named `full`, and puts it into `sys.modules` under its short name too."""
 
     def __init__(self, full: str) -> None:
