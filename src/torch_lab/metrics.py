@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
@@ -219,7 +218,7 @@ class EpochValues:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from what `state_dict` returned."""
-        moved = apply_to_collection(dict(state), Tensor, lambda tensor: tensor.to(device))
+        moved = _moved(dict(state), device)
         self._totals, self.samples = moved["totals"], moved["samples"]
         self._waiting = [_Batch(**batch) for batch in moved["waiting"]]
         kept = (each for batch in self._waiting for each in (batch.y_pred, batch.y))
@@ -233,6 +232,15 @@ _MOST_ELEMENTS: Final = 2**20
 def _counts_samples(metric: Any) -> bool:
     """Return whether an update with two batches in one is the same as one with each of them."""
     return type(metric).__module__.startswith("torchmetrics.classification.")
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return nested values with the tensors in them on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value
 
 
 def _kept(tensor: Tensor) -> Tensor:
