@@ -1,12 +1,12 @@
 """All benchmarks: their figures and plots, as `docs/performance.md` shows them.
 
     python benchmarks/report.py           # an hour; writes the page and its plots
-    python benchmarks/report.py --short   # three rounds; prints, and writes nothing
+    python benchmarks/report.py --short   # a minute; prints, and writes nothing
 
 A benchmark is a module beside this one with `figures(rounds)`, which returns `harness.Figure`s. It
 may have `curves(rounds)`, plots as `(title, label of x, {name: [(x, ratio), …]})`; `REASONS`, why a
-goal of such a number is not reached; and `short_figures()`, where three rounds take too long for
-what is shown beside every change. `--only NAME` runs those that are named, and prints.
+goal of such a number is not reached; and `short_figures()`, what is shown beside every change.
+`--only NAME` runs those that are named, and prints.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from typing import Any
 
 from harness import ROUNDS, TITLES, Figure, show
 
-NAMES = ("start", "steps", "memory", "inference", "checkpoints", "scale", "processes")
-SHORT_ROUNDS = 3
+NAMES = ("start", "steps", "processes", "memory", "inference", "checkpoints", "scale", "sync")
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 PLOTS = DOCS / "performance"
@@ -94,8 +93,7 @@ class Report:
 
 def _measured(module: ModuleType, rounds: int | None) -> Measured:
     if rounds is None:
-        short = getattr(module, "short_figures", None)
-        found = Measured(module, short() if short else module.figures(SHORT_ROUNDS))
+        found = Measured(module, module.short_figures() if hasattr(module, "short_figures") else ())
         show(found.figures)
         return found
     found = Measured(module, module.figures(rounds))
@@ -200,7 +198,7 @@ def write(report: Report, command: str) -> None:
 def parsed(words: Sequence[str] | None = None) -> Any:
     """Return what the command line says."""
     parser = argparse.ArgumentParser(description="Run the benchmarks.")
-    parser.add_argument("--short", action="store_true", help="three rounds; write nothing")
+    parser.add_argument("--short", action="store_true", help="a few; write nothing")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", action="append", choices=NAMES, help="this one; write nothing")
     return parser.parse_args(words)

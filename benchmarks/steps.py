@@ -53,6 +53,14 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
     return found
 
 
+def short_figures() -> list[Figure]:
+    """Return what is shown beside every change."""
+    commands = {name: MLP[name] for name in ("Lightning", "arrays")}
+    with stretches(commands, steps=100) as measures:
+        mlp = in_turn(measures, 5)
+    return [_figure("4", "arrays, accuracy and F1", mlp, "arrays", "Lightning", at_most=1.0)]
+
+
 def _figure(
     number: str,
     name: str,
