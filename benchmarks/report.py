@@ -201,6 +201,9 @@ def parsed(words: Sequence[str] | None = None) -> Any:
     parser.add_argument("--short", action="store_true", help="a few; write nothing")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", action="append", choices=NAMES, help="this one; write nothing")
+    parser.add_argument(
+        "--page", action="store_true", help="with --only: write the page all the same"
+    )
     return parser.parse_args(words)
 
 
@@ -212,9 +215,8 @@ def main() -> int:
             report.add(name, None if options.short else options.rounds)
     if report.failed:
         print(f"\nfailed: {', '.join(report.failed)}")
-    elif not options.short and not options.only:
-        given = "" if options.rounds == ROUNDS else f" ARGS=--rounds={options.rounds}"
-        write(report, f"make bench{given}")
+    elif options.page or not (options.short or options.only):
+        write(report, " ".join(["python benchmarks/report.py", *sys.argv[1:]]))
     return len(report.failed)
 
 

@@ -56,6 +56,7 @@ def test_ddp_starts_from_the_console_script(pair: Lab) -> None:
     whole(pair, done.stderr)
 
 
+@pytest.mark.slow
 def test_ddp_starts_from_the_module(pair: Lab) -> None:
     """`python -m torch_lab train` is started again as such."""
     result = pair.command("train", pair.path)

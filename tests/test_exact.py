@@ -178,6 +178,8 @@ class Look(pl.Callback):
             "item": item,
             "metric": BinaryAccuracy(),
             "tensor": torch.ones(1),
+            "storage": torch.ones(1).untyped_storage(),
+            "typed_storage": torch.TypedStorage([1], dtype=torch.float32, _internal=True),
             "DataLoader": DataLoader,
             "Task": clearml.Task,
             "made": clearml.Task,

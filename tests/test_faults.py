@@ -82,7 +82,7 @@ class Net(TrainLabModule):
     def validation_step(self, batch, batch_idx):
         loss = super().validation_step(batch, batch_idx)
         if fault("nan_validation") and self.current_epoch > 0:
-            self._epoch_losses["validate"].totals["loss"] += float("nan")
+            self._epochs["validate"]._totals["loss"] += float("nan")
         if fault("nan_validation_log") and self.current_epoch > 0:
             self.log("own_loss", loss * float("nan"))
             return None

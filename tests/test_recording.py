@@ -121,6 +121,7 @@ def test_events_are_written_while_they_come(run: Run) -> None:
     assert steps_of(run.metrics_folder) == list(range(step + 1))
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_readable_file(tmp_path: Path) -> None:
     """What was logged before the last seconds is in it."""
     code = (

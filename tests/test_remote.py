@@ -127,6 +127,7 @@ class Online:
         return self.clearml.state.tasks[str(run.record.clearml_task_id)]
 
 
+@pytest.mark.slow
 def test_a_chain_over_two_machines(
     clearml: ClearMLServer, lab: Lab, warm: Warm, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

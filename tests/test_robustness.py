@@ -270,6 +270,7 @@ def test_json_is_alone_on_stdout(lab: Lab) -> None:
     assert "hello" in result.err
 
 
+@pytest.mark.slow
 def test_nohup_is_honoured(lab: Lab) -> None:
     """A signal that the process was started to ignore stays ignored."""
     process = started(lab, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))

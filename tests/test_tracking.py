@@ -319,6 +319,7 @@ def test_a_server_that_is_lost_in_the_middle(online: Online, fault: Fault) -> No
     online.check_whole(online.lab.run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -362,6 +363,7 @@ class Calls(pl.Callback):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -441,6 +443,7 @@ def test_a_server_that_comes_back(online: Online) -> None:
     online.check_whole(online.lab.run())
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_an_upload(online: Online) -> None:
     """The next sync makes the task whole, in the same task."""
     online.server.files_fault = slow(20.0).only(uploads)

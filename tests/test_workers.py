@@ -101,7 +101,10 @@ def failure(end: str, **options: Any) -> tuple[LoaderError, int]:
 
 @pytest.mark.parametrize(
     ("end", "how"),
-    [("SIGKILL", "was killed by SIGKILL"), ("3", "ended with exit code 3")],
+    [
+        ("SIGKILL", "was killed by SIGKILL"),
+        pytest.param("3", "ended with exit code 3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_dead_worker_is_named_with_what_it_was_at(end: str, how: str) -> None:
     """Its number, how it ended, the batch and the samples; of memory only what is known."""

@@ -59,11 +59,12 @@ class _Copier:
             return self._copies[id(value)]
         if isinstance(value, torch.UntypedStorage):
             return self._storage(value)
-        if isinstance(value, torch.TypedStorage):
-            untyped = self._storage(value._untyped_storage)
-            typed: Any = torch.TypedStorage
-            return typed(wrap_storage=untyped, dtype=value.dtype, _internal=True)
-        return value
+        return self._typed(value) if isinstance(value, torch.TypedStorage) else value
+
+    def _typed(self, typed_storage: torch.TypedStorage) -> Any:
+        untyped = self._storage(typed_storage._untyped_storage)
+        made: Any = torch.TypedStorage
+        return made(wrap_storage=untyped, dtype=typed_storage.dtype, _internal=True)
 
     def _copied(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -97,10 +98,11 @@ class _Copier:
         copied: torch.Tensor = made.requires_grad_(value.requires_grad)
         return copied
 
-    def _storage(self, value: torch.UntypedStorage) -> torch.UntypedStorage:
-        if value._cdata not in self._copied_storages:
-            spare = self._spare.get(value.nbytes())
-            copied = spare.pop() if spare else torch.UntypedStorage(value.nbytes())  # type: ignore[no-untyped-call]
-            self._copied_storages[value._cdata] = copied.copy_(value, non_blocking=False)
-            self._originals.append(value)
-        return self._copied_storages[value._cdata]
+    def _storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        if storage._cdata not in self._copied_storages:
+            size = storage.nbytes()
+            spare = self._spare.get(size)
+            copied = spare.pop() if spare else torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
+            self._copied_storages[storage._cdata] = copied.copy_(storage, non_blocking=False)
+            self._originals.append(storage)
+        return self._copied_storages[storage._cdata]
