@@ -29,6 +29,8 @@ from typing import Any
 from harness import ROUNDS, TITLES, Figure, show
 
 NAMES = ("start", "steps", "processes", "memory", "inference", "checkpoints", "scale", "sync")
+SHOWN = ("start", "steps")
+"""Those with a short form, which is shown beside every change."""
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 PLOTS = DOCS / "performance"
@@ -93,7 +95,7 @@ class Report:
 
 def _measured(module: ModuleType, rounds: int | None) -> Measured:
     if rounds is None:
-        found = Measured(module, module.short_figures() if hasattr(module, "short_figures") else ())
+        found = Measured(module, module.short_figures())
         show(found.figures)
         return found
     found = Measured(module, module.figures(rounds))
@@ -210,9 +212,8 @@ def parsed(words: Sequence[str] | None = None) -> Any:
 def main() -> int:
     """Run the benchmarks that there are, and return how many failed."""
     options, report = parsed(), Report()
-    for name in options.only or NAMES:
-        if Path(__file__).with_name(f"{name}.py").is_file():
-            report.add(name, None if options.short else options.rounds)
+    for name in options.only or (SHOWN if options.short else NAMES):
+        report.add(name, None if options.short else options.rounds)
     if report.failed:
         print(f"\nfailed: {', '.join(report.failed)}")
     elif options.page or not (options.short or options.only):

@@ -62,11 +62,9 @@ class Samples(Dataset[Any]):
         return torch.from_numpy(flipped_one(self.x[index])), int(self.y[index])
 
 
-def main(kind: str, size: int, data: str, *, ddp: bool) -> None:
+def train(module: pl.LightningModule, loader: Any, **several: Any) -> None:
     """Train until nobody asks for more."""
-    loader = Batches(size) if data == "memory" else DataLoader(Samples(), size, shuffle=True)
     folder = tempfile.mkdtemp()
-    several = {"strategy": "ddp", "devices": 2} if ddp else {}
     trainer = pl.Trainer(
         **several,
         max_epochs=-1,
@@ -76,7 +74,13 @@ def main(kind: str, size: int, data: str, *, ddp: bool) -> None:
         default_root_dir=folder,
         enable_progress_bar=False,
     )
-    trainer.fit(Module(kind), loader)
+    trainer.fit(module, loader)
+
+
+def main(kind: str, size: int, data: str, *, ddp: bool) -> None:
+    """Train what the command line asks for."""
+    loader = Batches(size) if data == "memory" else DataLoader(Samples(), size, shuffle=True)
+    train(Module(kind), loader, **({"strategy": "ddp", "devices": 2} if ddp else {}))
 
 
 if __name__ == "__main__":

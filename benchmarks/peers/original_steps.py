@@ -7,14 +7,11 @@ python original_steps.py
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from gate import Gate
-from lightning_steps import Samples
-from pytorch_lightning.loggers import TensorBoardLogger
+from lightning_steps import Samples, train
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -59,19 +56,5 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def main() -> None:
-    """Train until nobody asks for more."""
-    folder = tempfile.mkdtemp()
-    trainer = pl.Trainer(
-        max_epochs=-1,
-        accelerator="cpu",
-        callbacks=[Gate()],
-        logger=TensorBoardLogger(folder),
-        default_root_dir=folder,
-        enable_progress_bar=False,
-    )
-    trainer.fit(Module(), DataLoader(WithMetadata(), 64, shuffle=True))
-
-
 if __name__ == "__main__":
-    main()
+    train(Module(), DataLoader(WithMetadata(), 64, shuffle=True))

@@ -18,7 +18,7 @@ from torch_lab.hparams import Hparams
 from torch_lab.remote import asking
 from torch_lab.samplers import Position
 from torch_lab.signals import StopRequest
-from torch_lab.training import build_trainer, given_callbacks, with_loaders
+from torch_lab.training import build_trainer, given_callbacks, seeded_components, with_loaders
 from torch_lab.utils import shown
 from torch_lab.weights import load_source
 
@@ -43,10 +43,8 @@ def built(
         UserError: The config script, the components or the checkpoint are wrong.
     """
     hparams = experiment.hparams
-    # Before the components are built, as in a run: it decides on the weights that they start with.
-    pl.seed_everything(hparams.seed, workers=True, verbose=False)
     with asking(tracking):
-        components = experiment.train_components()
+        components = seeded_components(experiment)
         _load_weights(components.module, hparams, trust=trust)
     position = Position(hparams.seed)
     components, loaders = with_loaders(components, hparams, position, debug=False)

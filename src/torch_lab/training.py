@@ -77,6 +77,7 @@ __all__ = [
     "given_callbacks",
     "leave_process_group",
     "prepared",
+    "seeded_components",
     "with_loaders",
 ]
 
@@ -352,10 +353,8 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     experiment = replace(experiment, hparams=hparams)
     if not options.only_checks:  # A check says so itself.
         _look_at_added_keys(experiment)
-    # Before the components are built: it decides on the weights that they start with.
-    pl.seed_everything(hparams.seed, workers=True, verbose=False)
     with asking(options.tracking) as access:
-        components = experiment.train_components()
+        components = seeded_components(experiment)
         source = _source(hparams, options)
     position = Position(hparams.seed)
     in_process = options.debug or options.only_checks
@@ -482,6 +481,12 @@ def _look_at_added_keys(experiment: Experiment) -> None:
     if added:
         rest = f", and {len(added) - _MOST_TOLD} more" if len(added) > _MOST_TOLD else ""
         log.warning("new(…) around its value says that a key is meant to be new%s", rest)
+
+
+def seeded_components(experiment: Experiment) -> TrainComponents:
+    """Return what `train_config` makes, with the weights that the seed decides on."""
+    pl.seed_everything(experiment.hparams.seed, workers=True, verbose=False)
+    return experiment.train_components()
 
 
 def with_loaders(
