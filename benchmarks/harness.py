@@ -13,6 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,17 +145,22 @@ class Trainee:
     """
 
     def __init__(self, command: Sequence[str | Path], steps: int) -> None:
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [str(word) for word in command],
             env={**ENVIRONMENT, "STRETCH_STEPS": str(steps)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             start_new_session=True,
         )
         self._steps = steps
-        self._took()  # The first stretch warms up.
+        try:
+            self._took()  # The first stretch warms up.
+        except BaseException:
+            self.end()
+            raise
 
     def stretch(self) -> float:
         """Train a stretch, and return the seconds of a step."""
@@ -168,7 +174,11 @@ class Trainee:
         for line in self._process.stdout:
             if line.startswith("stretch: "):
                 return float(line.split()[1])
-        raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
+        code = self._process.wait()
+        self._errors.seek(0)
+        raise RuntimeError(
+            f"{self._process.args} ended with {code}:\n{self._errors.read()[-2000:]}"
+        )
 
     def end(self) -> None:
         """End the process, and those that it has started."""

@@ -334,3 +334,9 @@ def test_a_collate_function_of_ones_own_is_refused_in_words() -> None:
     loader = DataLoader(arrays(), batch_size=2, collate_fn=lambda batch: [x for x, _ in batch[0]])
     with pytest.raises(TypeError, match="leave out collate_fn"):
         next(iter(loader))
+
+
+def test_an_array_dataset_cannot_be_subclassed() -> None:
+    """A loader would never ask for a sample, and an override would do nothing."""
+    with pytest.raises(TypeError, match="Flip cannot be an ArrayDataset"):
+        type("Flip", (ArrayDataset,), {})

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import (
+    BinaryAccuracy,
     BinaryAUROC,
     MulticlassAccuracy,
     MulticlassAUROC,
@@ -28,9 +29,11 @@ from torchmetrics.classification import (
 )
 
 from conftest import Lab
+from torch_lab.exact import ExactResume
 from torch_lab.metrics import EpochValues
 from torch_lab.modules import TrainLabModule
 from torch_lab.profiling import NoProfiler
+from torch_lab.saving import Point
 
 CLASSES = 5
 MULTICLASS = [
@@ -109,6 +112,30 @@ def test_other_tasks_too(metric: Any, kind: str) -> None:
     same(own, metric.compute())
 
 
+def test_logits_that_look_like_probabilities() -> None:
+    """What an update takes a batch for alone, it is taken for among others."""
+    probable = (torch.tensor([0.1, 0.3, 0.2]), torch.tensor([1, 1, 0]))
+    given = [probable, (torch.tensor([-2.0, 3.0, 1.0]), torch.tensor([1, 1, 0])), probable] * 5
+    metric = BinaryAccuracy()
+    own = gathered(MetricCollection({"metric": metric.clone()}), given).metrics.compute()["metric"]
+    for y_pred, y in given:
+        metric.update(y_pred, y)
+    same(own, metric.compute())
+
+
+def test_what_waits_stays_as_it_was() -> None:
+    """Also where a buffer is used again."""
+    y_pred, y = torch.zeros(4, CLASSES), torch.zeros(4, dtype=torch.long)
+    values = EpochValues(MetricCollection({"metric": MulticlassAccuracy(CLASSES, average="micro")}))
+    for number in range(6):
+        y_pred.zero_()[:, number % 2] = 1
+        loss = y_pred.sum() * number
+        values.add({"loss": loss}, 4, y_pred, y)
+        loss.zero_()
+    assert values.metrics.compute()["metric"] == 0.5
+    assert values.means()["loss"] == 4 * 2.5
+
+
 def test_losses_are_means_over_all_samples() -> None:
     given = batches(70)
     values = gathered(MetricCollection({}), given)
@@ -166,11 +193,12 @@ def test_others_are_updated_with_each_batch(metric: Any) -> None:
 def test_memory_is_bounded() -> None:
     """Large batches are not gathered for long."""
     values = EpochValues(MetricCollection({"metric": MulticlassAccuracy(1000)}))
-    for _ in range(10):
-        y_pred, y = torch.randn(400, 1000), torch.randint(1000, (400,))
-        values.add({"loss": torch.tensor(0.0)}, 400, y_pred, y)
-        assert values._elements <= 2**20 + y_pred.numel()
-        assert len(values._waiting) <= 3
+    for size in (400, 400, 400, 2000, 400, 400, 400):
+        y_pred, y = torch.randn(size, 1000), torch.randint(1000, (size,))
+        values.add({"loss": torch.tensor(0.0)}, size, y_pred, y)
+        assert values._elements <= 2**20
+        assert size == 400 or all(batch.y is None for batch in values._waiting)
+    assert values.samples == 4400
 
 
 def test_what_waits_goes_through_a_checkpoint() -> None:
@@ -188,6 +216,43 @@ def test_what_waits_goes_through_a_checkpoint() -> None:
     assert torch.equal(resumed.metrics.compute()["a"], whole.metrics.compute()["a"])
     for name, mean in whole.means().items():
         assert torch.equal(resumed.means()[name], mean)
+
+
+class Interrupting(pl.Callback):
+    """Reads the metrics in a validation, and then what a checkpoint of that moment would hold."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        counted = pl_module.metrics["train"]["accuracy"]
+        assert counted.update_called
+        exact = next(each for each in trainer.callbacks if isinstance(each, ExactResume))
+        (state,) = exact._state_of_ranks(trainer, pl_module, Point.VALIDATION)
+        saved = state["metrics"]["train_metrics.accuracy"]["state"]
+        in_states = int(saved["tp"] + saved["fn"])
+        waiting = sum(len(batch["y"]) for batch in state["sums"]["waiting"])
+        self.seen.append((in_states, waiting))
+
+
+@pytest.mark.filterwarnings("ignore")  # Of samples that are in both.
+def test_what_a_validation_counts_is_not_lost_when_it_is_broken_off(lab: Lab) -> None:
+    """The states and what waits are those of one moment, whoever asks for the metrics."""
+    import torch_lab
+
+    text = CONFIG.replace("MulticlassAccuracy(3)", 'MulticlassAccuracy(3, average="micro")')
+    loader = '"train_dataloaders": DataLoader(TensorDataset(x, y), 16)'
+    text = text.replace(
+        loader, f'{loader}, "val_dataloaders": DataLoader(TensorDataset(x, y), 100)'
+    )
+    lab.write("__main__.py", text)
+    init = {"max_epochs": 1, "accelerator": "cpu", "val_check_interval": 5}
+    lab.hparams("hparams", {"trainer": {"init": init}})
+    trainer, module, data = torch_lab.load(lab.path).build(tracking="offline")
+    callback = Interrupting()
+    trainer.callbacks.append(callback)
+    trainer.fit(module, data)
+    assert callback.seen == [(16, 64), (16, 64), (80, 80), (80, 80)]
 
 
 # Against Lightning itself.
@@ -287,6 +352,24 @@ def test_a_profiler_of_the_users_is_used(lab: Lab) -> None:
     lab.hparams("plain", {})
     trainer, *_ = torch_lab.load(lab.folder / "plain.py").build(tracking="offline")
     assert type(trainer.profiler) is NoProfiler
+
+
+def test_a_metric_that_fails_says_so() -> None:
+    """And a stage is counted when it is asked for itself."""
+    module = TrainLabModule(
+        torch.nn.Linear(2, 2),
+        torch.nn.CrossEntropyLoss(),
+        torch.optim.AdamW,
+        metrics={"accuracy": MulticlassAccuracy(2)},
+    )
+    y_pred, y = torch.randn(3, 2), torch.tensor([0, 1, 1])
+    for _ in range(3):
+        module._epochs["train"].add({"loss": y_pred.sum()}, 3, y_pred, y)
+    assert not module.metrics["validate"]["accuracy"].update_called
+    assert len(module._epochs["train"]._waiting) == 2
+    module._epochs["train"].add({"loss": y_pred.sum()}, 3, y_pred, y + 7)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        module.metrics["train"]
 
 
 def test_which_hook_is_called_is_noted_as_ever() -> None:

@@ -307,7 +307,9 @@ def has(kind: type, name: str) -> bool:
 
 
 def is_python(kind: type) -> bool:
-    """Return whether a class is written in Python, and not in C."""
+    """Return whether a class is written in Python, not in C, where it says that it is."""
+    if kind.__module__ == "collections.abc":
+        return False
     return bool(getattr(sys.modules[kind.__module__], "__file__", "").endswith(".py"))
 
 

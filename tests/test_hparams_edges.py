@@ -166,6 +166,16 @@ def test_a_mistake_of_a_base_is_named_there(lab: Lab, section: str, message: str
     assert caught.value.message.startswith("toys/experiments/00_toy/base.py:3: " + message)
 
 
+def test_a_mistake_of_a_base_is_named_there_also_when_it_is_set(lab: Lab) -> None:
+    lab.write("base.py", '\nhparams = {"trainer": {"init": {"max_epoch": 3}}}\n')
+    with pytest.raises(HparamsError, match=r"base\.py:2: trainer\.init has the unknown key"):
+        loaded(
+            lab,
+            IMPORT + 'hparams = import_script_as_module("base.py").hparams\n',
+            set={"trainer.init.max_epoch": 4},
+        )
+
+
 @pytest.mark.parametrize("use", ["{} * 2", "1 + {}", "max({}, 3)", "int({})", "{}[0]"])
 @pytest.mark.parametrize("later", ['ref("config.lr")', 'env("HOME")'])
 def test_to_compute_with_what_is_not_known_is_an_error(lab: Lab, use: str, later: str) -> None:

@@ -41,6 +41,7 @@ _ALWAYS: Final = (
     "samples",
     "exact",
     "memory",
+    "monitor",
 )
 """What there is something to say of, unless what is before it is not ok."""
 _NO_SCRIPTS_OF_HPARAMS: Final = (CONFIG_SCRIPT, "__init__.py")

@@ -89,8 +89,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: It cannot be written; nothing has changed. `strerror` says why.
         """
-        values = self._plain(checkpoint)
-        with self._replacing(Path(path)) as target:
+        self.save_plain(self._plain(checkpoint), Path(path))
+
+    def save_plain(self, values: dict[str, Any], path: Path) -> None:
+        """Write plain values, such as a snapshot, to `path` as `save_checkpoint` does."""
+        with self._replacing(path) as target:
             digest = _write(values, _temporary(target))
             description = _description(values, digest, _temporary(target))
             text = json.dumps(description, indent=2, allow_nan=False)
@@ -268,7 +271,7 @@ class _Hashing:
         self.has_all = False
         self._path = path
         self._is_over = threading.Event()
-        self._failure: OSError | None = None
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._follow, name="sha256")
 
     def __enter__(self) -> _Hashing:
@@ -282,8 +285,8 @@ class _Hashing:
             raise self._failure
 
     def _follow(self) -> None:
-        piece = memoryview(bytearray(_PIECE_BYTES))
         try:
+            piece = memoryview(bytearray(_PIECE_BYTES))
             with self._path.open("rb", buffering=0) as file:
                 while not self._is_over.is_set() or self.has_all:
                     has_all = self.has_all
@@ -293,7 +296,7 @@ class _Hashing:
                         break
                     else:
                         self._is_over.wait(_SECONDS_TO_NEXT_PIECE)
-        except OSError as error:
+        except BaseException as error:
             self._failure = error
 
 

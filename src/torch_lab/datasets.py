@@ -117,6 +117,12 @@ class ArrayDataset(Dataset[Item]):
         TypeError: Something is no array and cannot be made one.
     """
 
+    def __init_subclass__(cls) -> None:
+        raise TypeError(
+            f"{cls.__name__} cannot be an ArrayDataset: loaders take whole batches of it, and "
+            "would never ask it for a sample; give a transform, or subclass BaseDataset"
+        )
+
     def __init__(
         self,
         x: Any,

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.apply_func import move_data_to_device
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -147,6 +148,7 @@ class ExactResume(pl.Callback):
                 "seen_batches": self._seen(trainer),
                 "callbacks": copy.deepcopy(_states_of_callbacks(trainer)),
                 "metrics": _states_of_metrics(pl_module),
+                "sums": copy.deepcopy(_sums_of(pl_module)),
                 "marks": self._marks(trainer),
             }
         self._seed_for(trainer, Stream.VALIDATION)
@@ -293,13 +295,13 @@ class ExactResume(pl.Callback):
     ) -> list[dict[str, Any]]:
         """Return what differs between the processes, of each."""
         own: dict[str, Any] = {"loaders": self.loaders.state_dict(_batches_done(trainer, point))}
+        before = self._before_validation
         if point in (Point.BATCH, Point.VALIDATION):
             own["results"] = _states_of_results(trainer)
-            own["sums"] = _sums_of(module)
+            own["sums"] = before["sums"] if before else _sums_of(module)
             # Of a module that optimises by itself, only it knows whether they matter.
             if _is_accumulating(trainer) or not module.automatic_optimization:
                 own["gradients"] = _gradients(module)
-        before = self._before_validation
         own["metrics"] = before["metrics"] if before else _states_of_metrics(module)
         return _gathered(own)
 
@@ -415,19 +417,8 @@ def _gathered(own: dict[str, Any]) -> list[dict[str, Any]]:
         return [own]
     size = torch.distributed.get_world_size()
     everyones: list[Any] = [None] * size
-    torch.distributed.all_gather_object(everyones, _on_cpu(own))
+    torch.distributed.all_gather_object(everyones, move_data_to_device(own, torch.device("cpu")))
     return everyones
-
-
-def _on_cpu(value: Any) -> Any:
-    """Return `value` with its tensors on the CPU, where any process can read them."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_cpu(item) for item in value]
-    return value
 
 
 def _of_this_rank(trainer: pl.Trainer, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -633,15 +624,9 @@ def _restore_metrics(module: torch.nn.Module, states: Mapping[str, Mapping[str, 
     for name, saved in states.items():
         metric = metrics[name]
         for key, value in saved["state"].items():
-            setattr(metric, key, _moved(value, metric.device))
+            setattr(metric, key, move_data_to_device(value, metric.device))
         metric._update_count = saved["updates"]
         metric._computed = None
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list):
-        return [item.to(device) for item in value]
-    return value.to(device)
 
 
 def _sums_of(module: torch.nn.Module) -> Any:

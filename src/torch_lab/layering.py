@@ -132,9 +132,9 @@ def did_you_mean_key(key: Key, known: Iterable[Key], histories: Histories | None
 
 
 def place_of(key: Key, histories: Histories) -> str:
-    """Return the file and line that set what `key` holds now, or what it is in; `""` if unknown."""
+    """Return the last file and line that set `key`, or what it is in; `""` if no script did."""
     for end in range(len(key), 0, -1):
-        for change in histories.get(key[:end], ())[-1:]:
+        for change in reversed(histories.get(key[:end], ())):
             if change.file is not None:
                 return f"{shown(change.file)}:{change.line}"
     return ""

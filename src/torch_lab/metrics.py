@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
+from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
@@ -149,7 +150,8 @@ class EpochValues:
     To update metrics takes as long for one batch as for many. So batches are gathered, and counted
     when there are enough, or when somebody asks; the values are those of an update with each batch.
     That holds for the classification metrics of torchmetrics, whose states are counts or all
-    samples; others are updated at once.
+    samples; others are updated at once. What a metric does not like about a batch it says when that
+    is counted: of the first at once, of others up to 31 batches later.
 
     Args:
         metrics: Those of the epoch.
@@ -175,16 +177,23 @@ class EpochValues:
         own = {name: _kept(value) for name, value in losses.items()}
         if not self._metrics:
             y_pred = y = None
-        elif not self._may_wait or not isinstance(y_pred, Tensor) or not isinstance(y, Tensor):
+        elif self._may_wait and isinstance(y_pred, Tensor) and isinstance(y, Tensor):
+            elements = y_pred.numel() + y.numel()
+            if self._elements + elements > _MOST_ELEMENTS:
+                self.count()
+            if elements > _MOST_ELEMENTS:
+                self._metrics.update(_detached(y_pred), y)
+                y_pred = y = None
+            else:
+                y_pred, y = _kept(y_pred), _kept(y)
+                self._elements += elements
+        else:
             self._metrics.update(_detached(y_pred), y)
             y_pred = y = None
-        else:
-            y_pred, y = _kept(y_pred), _kept(y)
-            self._elements += y_pred.numel() + y.numel()
         self._waiting.append(_Batch(own, size, y_pred, y))
         is_first, self.samples = self.samples == 0, self.samples + size
         # What is wrong with the first is told at once.
-        if is_first or len(self._waiting) == _MOST_BATCHES or self._elements > _MOST_ELEMENTS:
+        if is_first or len(self._waiting) == _MOST_BATCHES:
             self.count()
 
     def count(self) -> None:
@@ -195,7 +204,7 @@ class EpochValues:
             values = torch.stack([batch.losses[name].reshape(()).float() for batch in those])
             sizes = torch.tensor([batch.size for batch in those], device=values.device)
             self._totals[name] = self._totals.get(name, 0) + (values * sizes).sum()
-        for y_pred, y in _alike(batch for batch in waiting if batch.y is not None):
+        for y_pred, y in _alike([batch for batch in waiting if batch.y is not None]):
             self._metrics.update(y_pred, y)
 
     def means(self) -> dict[str, Tensor]:
@@ -214,11 +223,11 @@ class EpochValues:
         These are not counted for it: a training that is not saved counts them together.
         """
         waiting = [vars(batch) for batch in self._waiting]
-        return {"totals": self._totals, "samples": self.samples, "waiting": waiting}
+        return {"totals": dict(self._totals), "samples": self.samples, "waiting": waiting}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from what `state_dict` returned."""
-        moved = _moved(dict(state), device)
+        moved = move_data_to_device(dict(state), device)
         self._totals, self.samples = moved["totals"], moved["samples"]
         self._waiting = [_Batch(**batch) for batch in moved["waiting"]]
         kept = (each for batch in self._waiting for each in (batch.y_pred, batch.y))
@@ -231,27 +240,30 @@ _MOST_ELEMENTS: Final = 2**20
 
 def _counts_samples(metric: Any) -> bool:
     """Return whether an update with two batches in one is the same as one with each of them."""
-    return type(metric).__module__.startswith("torchmetrics.classification.")
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return nested values with the tensors in them on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return [_moved(item, device) for item in value] if isinstance(value, list) else value
+    is_theirs = type(metric).__module__.startswith("torchmetrics.classification.")
+    # What is left out decides on whether the rest are logits.
+    return is_theirs and getattr(metric, "ignore_index", None) is None
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """Return a tensor that stays as it is: a graph of CUDA may write into its outputs again."""
-    return tensor.detach().clone() if tensor.is_cuda else tensor.detach()
+    """Return a tensor that stays as it is, whoever writes into this one, and holds no other."""
+    return tensor.detach().clone()
 
 
-def _alike(batches: Iterable[_Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the predictions and labels of neighbours whose tensors can be put together."""
-    for (dimensions, *_), group in itertools.groupby(batches, _kind):
-        those = [(batch.y_pred, batch.y) for batch in group]
+def _alike(batches: Sequence[_Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the predictions and labels of neighbours that can be put together.
+
+    Torchmetrics takes all predictions of an update for logits if one is no probability: so batches
+    that it would take for logits and those that it would not stay apart.
+    """
+    kinds = [_kind(batch) for batch in batches]
+    if batches and batches[0].y_pred.is_floating_point():
+        are_logits = [((each.y_pred < 0) | (each.y_pred > 1)).any() for each in batches]
+        flags = torch.stack(are_logits).tolist()  # One transfer from the device, for all.
+        kinds = [(*kind, flag) for kind, flag in zip(kinds, flags, strict=True)]
+    pairs = zip(kinds, batches, strict=True)
+    for (dimensions, *_), group in itertools.groupby(pairs, lambda pair: pair[0]):
+        those = [(batch.y_pred, batch.y) for _, batch in group]
         if dimensions and len(those) > 1:
             predictions, labels = zip(*those, strict=True)
             yield torch.cat(predictions), torch.cat(labels)

@@ -6,7 +6,7 @@ A batch is `(x, md)`, with labels in `md["y"]`, or plainly `(x, y)`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
 import pytorch_lightning as pl
@@ -141,6 +141,9 @@ class TrainLabModule(LabModule):
             training: a batch without labels, a loss that is no scalar, a name logged twice.
     """
 
+    metrics: Mapping[Stage, MetricCollection]
+    """The metrics of every stage: the epoch so far, until its values have been logged."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -176,12 +179,8 @@ class TrainLabModule(LabModule):
             # Modules in a plain dict are not found by Lightning; a ModuleDict refuses "train".
             self.add_module(f"{stage}_metrics", clone)
             self._epochs[stage] = EpochValues(clone)
+        self.metrics = _Metrics(self._epochs)
         self._names = set(collection.keys())
-
-    @property
-    def metrics(self) -> dict[Stage, MetricCollection]:
-        """The metrics of every stage: the epoch so far, until its values have been logged."""
-        return {stage: epoch.metrics for stage, epoch in self._epochs.items()}
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier, interrupted epoch has left."""
@@ -301,6 +300,22 @@ class TrainLabModule(LabModule):
             # All processes have the same values; sync_dist only says that we know.
             self.log_dict(scalars, sync_dist=True, batch_size=1)
         epoch.reset()
+
+
+class _Metrics(Mapping[Stage, MetricCollection]):
+    """The metrics of each stage, with all batches so far of the stage that is asked for."""
+
+    def __init__(self, epochs: Mapping[Stage, EpochValues]) -> None:
+        self._epochs = epochs
+
+    def __getitem__(self, stage: Stage) -> MetricCollection:
+        return self._epochs[stage].metrics
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self._epochs)
+
+    def __len__(self) -> int:
+        return len(self._epochs)
 
 
 def _split(batch: Any) -> tuple[Any, Metadata]:

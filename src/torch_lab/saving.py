@@ -77,21 +77,22 @@ class _Begun:
 
     def __init__(self, order: _Order, write: Callable[[], None] | None = None) -> None:
         self.order = order
-        self._write = write
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint")
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if write is not None:  # On one process of several.
+            self._thread = threading.Thread(target=self._run, args=[write], name="checkpoint")
+            self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, write: Callable[[], None]) -> None:
         try:
-            if self._write is not None:
-                self._write()
+            write()
         except BaseException as error:
             self._error = error
 
     def outcome(self) -> BaseException | None:
         """Return what went wrong, once it is over."""
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         return self._error
 
 
@@ -130,6 +131,7 @@ class CheckpointWriter(Checkpoint):
         self._kept: list[_Kept] = []
         self._kept_on_disk: list[_Kept] = []
         self._due: _Kept | None = None
+        self._latest: _Kept | None = None
         self._old: dict[str, Any] = {}
         self._logged_by: str | None = None
         self._failures = 0
@@ -166,6 +168,12 @@ class CheckpointWriter(Checkpoint):
         if self._failures:
             # Nothing comes after it that could try again.
             raise self._not_written()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Wait for what is being written: there is no next point that would tell of it."""
+        self.wait()
 
     @property
     def has_found_the_best(self) -> bool:
@@ -204,10 +212,7 @@ class CheckpointWriter(Checkpoint):
             self._has_written(order)
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written meanwhile, if one is.
-
-        It is for the end of a run by an error, where there is no next point that would tell.
-        """
+        """Wait for the checkpoint that is being written meanwhile, if one is, and tell of it."""
         begun, self._begun = self._begun, None
         if begun is not None and (error := begun.outcome()) is not None:
             log.error("%s not written: %s", begun.order.told, _reason(error))
@@ -223,8 +228,12 @@ class CheckpointWriter(Checkpoint):
         failure = trainer.strategy.broadcast(None if error is None else _reason(error))
         if failure is None:
             self._has_written(begun.order)
-        else:
-            self._has_failed(failure, begun.order)
+            return
+        self._has_failed(failure, begun.order)
+        # A score that was no match for what could not be written may be one for what is there.
+        due = begun.order.due
+        if self._latest and self._latest.step == trainer.global_step and due != self._latest:
+            self._rank(self._latest.score, self._latest.step)
 
     def _write(
         self, trainer: pl.Trainer, point: Point, order: _Order, *, waits: bool
@@ -255,7 +264,7 @@ class CheckpointWriter(Checkpoint):
         """Copy a checkpoint, and have a thread write it on the process of rank zero."""
         write = None
         if trainer.is_global_zero and (files := _own_files(trainer)):
-            save = functools.partial(files.save_checkpoint, files.snapshot(checkpoint))
+            save = functools.partial(files.save_plain, files.snapshot(checkpoint))
             write = functools.partial(self._store, trainer, save, order)
         self._begun = _Begun(order, write)
 
@@ -298,9 +307,7 @@ class CheckpointWriter(Checkpoint):
         self._failure = failure
         # The next one will hold other weights than those that were the best.
         self._kept = self._kept_on_disk
-        if newer := self._due:
-            self._due = None
-            self._rank(newer.score, newer.step)
+        self._due = None
         limit = self.section.give_up_after
         if self._failures >= limit:
             raise self._not_written()
@@ -332,7 +339,7 @@ class CheckpointWriter(Checkpoint):
     def _rank(self, score: float, step: int) -> None:
         """Add a checkpoint to the best ones, if it is one; of equal ones the earlier is better."""
         name = "best" if self.section.keep == 1 else f"best-{step}"
-        new = _Kept(name, score, step)
+        new = self._latest = _Kept(name, score, step)
         sign = 1 if self.mode == "min" else -1
         others = [kept for kept in self._kept if kept.name != name or name == "best"]
         ranked = sorted([*others, new], key=lambda kept: sign * kept.score)

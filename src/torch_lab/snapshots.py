@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -76,8 +75,7 @@ class _Copier:
         return type(value)(value)
 
     def _dictionary(self, value: dict[Any, Any]) -> dict[Any, Any]:
-        kind = type(value) if type(value) in (dict, OrderedDict, Counter) else dict
-        made = kind()
+        made = type(value)()
         for key, item in value.items():
             made[key] = self.copy(item)
         # Of an OrderedDict attributes are written, too.
@@ -89,7 +87,7 @@ class _Copier:
         is_view_with_a_flag = value.is_conj() or value.is_neg()
         is_strided = value.layout == torch.strided and not (value.is_quantized or value.is_meta)
         if type(value) not in _TENSORS or is_view_with_a_flag or not is_strided:
-            return value.detach().clone()
+            return value if value.is_meta else value.detach().to("cpu", copy=True)
         storage = self._storage(value.untyped_storage())
         place = (value.storage_offset(), value.size(), value.stride())
         made = torch.empty(0, dtype=value.dtype).set_(storage, *place)

@@ -227,12 +227,7 @@ class Training:
         self._tell_parent()
         # Again, so that the baseline validation changes nothing in what follows.
         self._seed()
-        try:
-            self.trainer.fit(components.module, **data, **self.start.arguments)
-        finally:
-            for callback in self.trainer.checkpoint_callbacks:
-                if isinstance(callback, CheckpointWriter):
-                    callback.wait()
+        self.trainer.fit(components.module, **data, **self.start.arguments)
         self.keep_metrics()
 
     def _tell_parent(self) -> None:
