@@ -252,6 +252,15 @@ def test_samples_are_the_same_after_a_resume(make: Callable[[], Any]) -> None:
         assert rest(make, 2, batch) == full[batch:]
 
 
+def test_the_generators_are_seeded_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To seed them for every sample takes longer than to make many a sample."""
+    seeded, seed = [], random.seed
+    loader = iter(prepared(DataLoader(Noise(64), 16)))
+    monkeypatch.setattr(random, "seed", lambda value: (seeded.append(value), seed(value)))
+    assert len(list(loader)) == 4
+    assert len(set(seeded)) == len(seeded) == 4
+
+
 @pytest.mark.parametrize("name", WORKERS)
 def test_samples_do_not_depend_on_the_workers(name: str) -> None:
     """Nor on whether they stay; after a resume, too, and in the next epoch."""

@@ -20,14 +20,14 @@ def publish(written: Path, path: Path) -> None:
     """Move `written`, once it is safe on the disk, to `path`, replacing what was there."""
     sync(written)
     move(written, path)
+    sync(path.parent)
 
 
 def move(written: Path, path: Path) -> None:
-    """Move `written`, which is safe on the disk, to `path`, replacing what was there."""
+    """Move `written` to `path`, replacing what was there; safe once their folder is synced."""
     written.replace(path)
     # Where both are names of one file already, a move does nothing, and leaves both.
     written.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def link(existing: Path, name: Path) -> None:

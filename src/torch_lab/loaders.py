@@ -43,7 +43,6 @@ from torch_lab.seeds import (
     SeededGenerator,
     Stream,
     derived,
-    seed_cpu_generators,
     seed_generators,
 )
 from torch_lab.utils import length_of
@@ -64,9 +63,6 @@ _HOOKS: Final = {
 }
 _PLAIN_DATA: Final = (TensorDataset, list, tuple, range, np.ndarray, Tensor)
 _NAMED_SAMPLES: Final = 8
-_SPREAD: Final = 0x9E3779B97F4A7C15
-"""2 to the 64, by the golden ratio: its multiples lie far from each other."""
-_BITS: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -480,11 +476,7 @@ class _Fitted(Dataset[Any]):
         # What this seeds in the process that trains is seeded again before the batch is used.
         if seed is not None:
             seed_generators(seed)
-        if self.in_batches:
-            return self._batch(given)
-        if seed is None:
-            return [self._sample(index) for index in given]
-        return self._seeded_samples(given, seed)
+        return self._batch(given) if self.in_batches else self._samples(given)
 
     def _seed_for(self, request: Any) -> int | None:
         if self.bits is None:
@@ -494,13 +486,15 @@ class _Fitted(Dataset[Any]):
         first = request[0] if isinstance(request, list) else request
         return derived(self.bits, first) if self.by_index and isinstance(first, int) else None
 
-    def _seeded_samples(self, indices: Iterable[Any], seed: int) -> list[Any]:
-        samples = []
-        for index in indices:
-            seed = (seed + _SPREAD) & _BITS
-            self.desk.next_sample()
-            seed_cpu_generators(seed)
-            samples.append(self._sample(index))
+    def _samples(self, indices: Iterable[Any]) -> list[Any]:
+        dataset, next_sample, samples = self.dataset, self.desk.next_sample, []
+        try:
+            for index in indices:
+                next_sample()
+                samples.append(dataset[index])
+        except Exception as error:
+            self._add_note(error, f"sample {index}")
+            raise
         return samples
 
     def _sample(self, index: Any) -> Any:

@@ -101,6 +101,19 @@ class _Copier:
             size = storage.nbytes()
             spare = self._spare.get(size)
             copied = spare.pop() if spare else torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
-            self._copied_storages[storage._cdata] = copied.copy_(storage, non_blocking=False)
+            _copy(storage, copied)
+            self._copied_storages[storage._cdata] = copied
             self._originals.append(storage)
         return self._copied_storages[storage._cdata]
+
+
+def _copy(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:
+    """Copy what is in `source`; by whole numbers, if it can be, as bytes take a quarter longer."""
+    if source.nbytes() % torch.int64.itemsize:
+        target.copy_(source, non_blocking=False)
+    else:
+        _numbers_in(target).copy_(_numbers_in(source))
+
+
+def _numbers_in(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64, device=storage.device).set_(storage)
