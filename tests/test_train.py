@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -640,3 +641,75 @@ def test_third_parties_are_only_in_the_log(lab: Lab) -> None:
     assert "pytorch_lightning" not in result.err
     assert "pytorch_lightning.callbacks.model_summary" in log
     assert "my remark" in log
+
+
+PACED = """
+import time
+
+import torch
+from torch.utils.data import DataLoader
+
+from torch_lab.datasets import ArrayDataset, BaseDataset
+from torch_lab.modules import TrainLabModule
+
+
+class Samples(BaseDataset):
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def __len__(self):
+        return 60
+
+    def get_raw_data(self, i):
+        time.sleep(self.seconds)
+        return torch.ones(3)
+
+    def get_raw_label(self, i):
+        return 1.0
+
+
+class Slow(torch.nn.Linear):
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return super().forward(x)
+
+
+def train_config(hparams):
+    config = hparams["config"]
+    network = Slow(3, 1)
+    network.seconds = config["step"]
+    data = ArrayDataset(torch.ones(60, 3), torch.ones(60)) if config["arrays"] else None
+    return {
+        "module": TrainLabModule(
+            network,
+            lambda y_pred, y: ((y_pred[:, 0] - y) ** 2).mean().float(),
+            lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        ),
+        "train_dataloaders": DataLoader(data or Samples(config["sample"]), batch_size=1),
+    }
+"""
+
+
+@pytest.mark.parametrize(
+    ("sample", "step", "arrays", "times"),
+    [(0.01, 0.0, False, 1), (0.0, 0.02, False, 0), (0.0, 0.0, True, 0)],
+    ids=["slow data", "slow network", "arrays"],
+)
+def test_data_that_is_slow_sample_by_sample_is_told(
+    lab: Lab, sample: float, step: float, arrays: bool, times: int
+) -> None:
+    """Once, after fifty steps, with what whole batches would bring."""
+    lab.write("__main__.py", PACED)
+    config = {"sample": sample, "step": step, "arrays": arrays, "monitor": "loss/train"}
+    lab.hparams("hparams", {"config": config, "trainer": {"init": {"max_epochs": 2}}})
+    done = lab.train(lab.path)
+    assert done.code == ExitCode.DONE, done.err
+    found = re.findall(
+        r"which is (\d+) % of a step \((\S+) of (\S+) ms.* up to (\S+) times", done.err
+    )
+    assert len(found) == times
+    for share, waiting, whole, gain in found:
+        assert 10 <= int(share) <= 100
+        assert 10 <= float(waiting) <= float(whole)
+        assert 1 < float(gain) <= 8

@@ -46,7 +46,7 @@ from torch_lab.seeds import (
     seed_generators,
 )
 from torch_lab.utils import length_of
-from torch_lab.workers import UNALIKE, Desk, IteratorMaker, Watch, WorkerStart
+from torch_lab.workers import UNALIKE, Desk, IteratorMaker, Pace, Watch, WorkerStart
 
 __all__ = ["Loaders", "given_to"]
 
@@ -257,18 +257,24 @@ class Loaders:
         generator = SeededGenerator.seeded(role.bits(self.position.seed))
         vars(loader).update(generator=generator)
         desk = Desk(loader.num_workers)
-        is_iterable = isinstance(loader.dataset, IterableDataset)
-        if is_iterable:
+        pace = None
+        if isinstance(loader.dataset, IterableDataset):
             order = self._fit_iterable(loader, role)
         else:
+            pace = self._pace_of(loader, role)
             order = self._fit_samples(loader, role, desk)
         if role.stage == "predict" or _iterates_itself(loader):
             # Lightning makes a new loader for predictions, to get hold of its indices.
             return
         key = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        watch = Watch(role.name, role.stage, order, desk)
+        watch = Watch(role.name, role.stage, order, desk, pace)
         self._watches[role.name] = watch
         vars(loader).update({key: order, "_get_iterator": IteratorMaker(loader, watch)})
+
+    def _pace_of(self, loader: DataLoader[Any], role: _Role) -> Pace | None:
+        is_of_samples = not hasattr(loader.dataset, "__getitems__")
+        is_measured = role.trains and not (loader.num_workers or self.debug)
+        return Pace() if is_of_samples and is_measured else None
 
     def _fit_samples(self, loader: DataLoader[Any], role: _Role, desk: Desk) -> Order:
         bits = role.bits(self.position.seed)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import logging
 import multiprocessing
 import os
 import re
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -31,11 +34,14 @@ __all__ = [
     "UNALIKE",
     "Desk",
     "IteratorMaker",
+    "Pace",
     "Watch",
     "WorkerStart",
     "die_with_parent",
     "explained",
 ]
+
+log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
 _SECONDS_BETWEEN_LOOKS: Final = 1.0
@@ -50,6 +56,10 @@ _CAUGHT: Final = "Caught LoaderError in DataLoader worker"
 UNALIKE: Final = "make them alike in a transform, or give the DataLoader a collate_fn"
 """How samples are mended that make no batch."""
 _TIMED_OUT: Final = "DataLoader timed out after"
+_MEASURED_STEPS: Final = 50
+_SHARE_WORTH_TELLING: Final = 0.1
+_TIMES_AS_FAST: Final = 8
+"""By how much whole batches of images are made faster than samples of a `BaseDataset`."""
 
 
 def die_with_parent() -> None:
@@ -131,21 +141,56 @@ class Desk:
         return vars(self) | {"_own": None}
 
 
+class Pace:
+    """Finds out in the first steps what part of them goes into samples that are made one by one."""
+
+    def __init__(self) -> None:
+        self._times: list[tuple[float, float]] = []
+        self.is_known = False
+
+    def measured(self, make: Callable[[], Any]) -> Any:
+        """Return the batch that `make` returns, and tell of the pace when there are enough."""
+        began = time.perf_counter()
+        batch = make()
+        self._times.append((began, time.perf_counter()))
+        if len(self._times) == _MEASURED_STEPS:
+            self.is_known = True
+            self._tell()
+        return batch
+
+    def _tell(self) -> None:
+        waiting = statistics.median(end - began for began, end in self._times)
+        starts = [began for began, _ in self._times]
+        step = statistics.median(after - before for before, after in itertools.pairwise(starts))
+        if waiting > _SHARE_WORTH_TELLING * step:
+            log.info(
+                "samples are made one by one, which is %.0f %% of a step (%.2f of %.2f ms, the "
+                "median of %d): data in arrays, in a torch_lab.datasets.ArrayDataset, would make "
+                "training up to %.1f times as fast",
+                *(100 * waiting / step, 1e3 * waiting, 1e3 * step, _MEASURED_STEPS),
+                step / (step - waiting * (1 - 1 / _TIMES_AS_FAST)),
+            )
+
+
 class Watch:
-    """What is known of a loader's iteration, to explain a failure by.
+    """What is known of a loader's iteration, to explain a failure by, or what it costs.
 
     Args:
         name: Of the loader.
         stage: What the loader is for: `train`, `validate` or `test`.
         order: What its indices come from.
         desk: Where its workers put down what they are making.
+        pace: What measures the first batches, if they might be made faster.
     """
 
-    def __init__(self, name: str, stage: str, order: Order, desk: Desk) -> None:
+    def __init__(
+        self, name: str, stage: str, order: Order, desk: Desk, pace: Pace | None = None
+    ) -> None:
         self.name = name
         self.stage = stage
         self.desk = desk
         self.order = order
+        self.pace = pace
         self.timed_out = False
         self.kills_before: int | None = None
         self.workers: list[Any] = []
@@ -153,6 +198,11 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"workers": []}
+
+    def received(self, make: Callable[[], Any]) -> Any:
+        """Return what `make` makes of the next batch of indices."""
+        pace = self.pace
+        return self.order.received(make() if pace is None or pace.is_known else pace.measured(make))
 
     def work_of(self, worker: int) -> str:
         """Return what a worker was doing, to end a sentence with."""
@@ -196,7 +246,7 @@ class _InProcess(_SingleProcessDataLoaderIter):
         super().__init__(loader)
 
     def _next_data(self) -> Any:
-        return self._watch.order.received(super()._next_data())  # type: ignore[no-untyped-call]
+        return self._watch.received(super()._next_data)
 
 
 class _InWorkers(_MultiProcessingDataLoaderIter):
