@@ -129,20 +129,20 @@ def test_a_step_makes_half_the_calls_of_plain_lightning(lab: Lab, tmp_path: Path
 
 def test_a_run_needs_no_more_memory_the_longer_it_is(lab: Lab) -> None:
     """Neither for what it has logged, nor for what it has shown."""
-    blocks = counts(lab, 840)["blocks"]
+    blocks = counts(lab, 520)["blocks"]
     growths = [after - before for before, after in itertools.pairwise(blocks[1:])]
-    assert len(growths) >= 4
+    assert len(growths) == 2
     assert min(growths) < 100, blocks
 
 
 def test_a_run_writes_little_beside_its_weights(lab: Lab) -> None:
     """Fewer than a hundred bytes for a scalar; beside a checkpoint a sidecar alone."""
     sizes = []
-    for steps in (500, 1500):
+    for steps in (300, 800):
         counts(lab, steps)
         run = lab.runs[-1]
         sizes.append(sum(file.stat().st_size for file in run.metrics_folder.iterdir()))
-    scalars = (1500 - 500) / 50
+    scalars = (800 - 300) / 50
     assert (sizes[1] - sizes[0]) / scalars < 100
     last = run.checkpoint("last")
     torch.save(torch.load(last, weights_only=True), "plain.ckpt")
