@@ -252,7 +252,8 @@ def test_a_network_lies_channels_last_with_its_images() -> None:
 
 def test_checkpoints_load_either_way(images: Lab) -> None:
     """They hold the same names and nearly the same values, and each goes on from the other."""
-    plain, last = trained(images), trained(images, channels_last=True)
+    fused = {"optimizer": {"fused": True}}
+    plain, last = trained(images, **fused), trained(images, **fused, channels_last=True)
     assert alike(plain, last)
     assert last["state_dict"]["0.weight"].is_contiguous(**IS_LAST)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
@@ -260,10 +261,11 @@ def test_checkpoints_load_either_way(images: Lab) -> None:
     assert network[0].weight.is_contiguous()
     ends = []
     for name in ("00_toy-hparams-v1", "00_toy-hparams-v2"):
-        for keys in ({}, {"channels_last": True}, {"optimizer": {"fused": True}}):
-            source = {"checkpoint": {"checkpoint_task_id": name}, "channels_last": False, **keys}
+        for is_last in (False, True):
+            keys = {"checkpoint": {"checkpoint_task_id": name}, "channels_last": is_last}
             trainer = {"init": {"max_epochs": 4, "accelerator": "cpu"}}
-            ends.append(trained(images, **{**source, "trainer": trainer}))
+            ends.append(trained(images, **keys, trainer=trainer))
+            assert group_of(ends[-1])["fused"] is True
     assert all(alike(ends[0], each) for each in ends)
 
 
@@ -448,7 +450,7 @@ def test_networks_of_other_modules_are_their_own(lab: Lab, key: str, command: st
     result = getattr(lab, command)(lab.path)
     assert result.code == ExitCode.USAGE and not lab.runs
     assert f"hparams.py:1: {key} is for the network of a LabModule, and the module" in result.err
-    assert "a Net\n  co" in result.err
+    assert "is a Net\n  have it co" in result.err
     checkpoint = trained(lab, optimizer={"fused": True}, pin_memory=True)
     assert group_of(checkpoint)["fused"] is True
 

@@ -29,9 +29,9 @@ _NOT_CHOSEN: Final[Mapping[str, Any]] = {"fused": None, "foreach": None, "differ
 _EXACT: Final[Mapping[str, Any]] = {"dynamic": False}
 """Kernels for one size each: those for any size are others, and come with the second size."""
 _MENDS: Final = {
-    "compile": "compile its network there: self.net = torch.compile(self.net, dynamic=False)",
-    "channels_last": "convert its network there, self.net.to(memory_format=torch.channels_last), "
-    "and the images in its steps",
+    "compile": "have it compile its network itself: self.net.compile(dynamic=False)",
+    "channels_last": "have it convert its network itself, and the images in its steps: "
+    "self.net.to(memory_format=torch.channels_last)",
 }
 
 
@@ -116,7 +116,7 @@ class Tuning:
         """
         for optimizer in optimizers if self.optimizer else ():
             for key in self.optimizer:
-                if key not in optimizer.defaults:
+                if key not in getattr(optimizer, "defaults", {}):
                     kind = type(optimizer).__name__
                     raise HparamsError(
                         f"{self.places['optimizer']}: optimizer.{key}: {kind} has no such argument",
