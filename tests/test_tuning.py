@@ -221,13 +221,17 @@ def test_keys_are_recorded_traced_and_set(images: Lab) -> None:
 class Looks(nn.Conv2d):
     """A layer that notes how its inputs lie."""
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        self.seen = [each.is_contiguous(**IS_LAST) for each in (x, scale) if each is not None]
-        return super().forward(x)
+    def forward(self, parts: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        self.seen = [_is_last(each) for each in parts]
+        return super().forward(parts[0])
+
+
+def _is_last(value: Tensor) -> bool:
+    return value.dim() == 4 and value.is_contiguous(**IS_LAST)
 
 
 def test_a_network_lies_channels_last_with_its_images() -> None:
-    """Weights and inputs of four dimensions, however they reach it; others stay as they are."""
+    """Weights and inputs of four dimensions; others stay as they are, and all values."""
     network = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 2))
     network.add_module("volume", nn.Conv3d(3, 4, 2))
     before = {name: each.clone() for name, each in network.state_dict().items()}
@@ -241,13 +245,9 @@ def test_a_network_lies_channels_last_with_its_images() -> None:
     module = LabModule(looks)
     Tuning(channels_last=True).tune(module)
     image = torch.randn(2, 3, 4, 4)
-    for call in (module, module.model):
-        call(image)
-        assert looks.seen == [True]
-    module.model(image, scale=image)
-    assert looks.seen == [True, True]
-    assert pickle.loads(pickle.dumps(LabModule(nn.Conv2d(3, 4, 2)))) is not None
-    pickle.loads(pickle.dumps(module.model._forward_pre_hooks))
+    for made in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        made([image, torch.ones(2, 3)])
+        assert made.model.seen == [True, False]
 
 
 def test_checkpoints_load_either_way(images: Lab) -> None:

@@ -6,7 +6,7 @@ A batch is `(x, md)`, with labels in `md["y"]`, or plainly `(x, y)`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
 import pytorch_lightning as pl
@@ -61,6 +61,7 @@ class LabModule(pl.LightningModule):
     """
 
     _compiled_with: Mapping[str, Any] | None = None
+    _memory_format: torch.memory_format | None = None
 
     def __init__(self, model: nn.Module, transform: Callable[..., Any] | None = None) -> None:
         super().__init__()
@@ -87,7 +88,9 @@ class LabModule(pl.LightningModule):
 
     def forward(self, x: Any) -> Any:
         """Return what the network makes of `x`."""
-        return self.model(x)
+        # Not in a hook of the network: that would be compiled with it, and take half as long again.
+        given = x if self._memory_format is None else _laid_out(x, self._memory_format)
+        return self.model(given)
 
     def compile_network(self, **options: Any) -> None:
         """Have the network compiled when it is called next; its weights keep their names.
@@ -102,14 +105,12 @@ class LabModule(pl.LightningModule):
         self._compiled_with = options
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
-        """Put 4-d weights of the network, and 4-d inputs when it is called, in such an order."""
-        network = getattr(self.model, "_orig_mod", self.model)
-        weights = [each for each in network.parameters() if not is_lazy(each)]
-        for weight in [*weights, *network.buffers()]:
-            if weight.dim() == _IMAGE_DIMENSIONS:
+        """Put 4-d weights of the network, and 4-d inputs on their way to it, in such an order."""
+        values: Iterable[Any] = [*self.model.parameters(), *self.model.buffers()]
+        for weight in values:
+            if not is_lazy(weight) and weight.dim() == _IMAGE_DIMENSIONS:
                 weight.data = weight.data.to(memory_format=memory_format)
-        hook = functools.partial(_laid_out, memory_format)
-        network.register_forward_pre_hook(hook, with_kwargs=True)
+        self._memory_format = memory_format
 
     def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Metadata:
         """Return `{"y_pred", "out", "md"}` of a batch."""
@@ -352,18 +353,14 @@ class _Metrics(Mapping[Stage, MetricCollection]):
         return len(self._epochs)
 
 
-def _laid_out(
-    memory_format: torch.memory_format, network: nn.Module, given: Any, named: Any
-) -> tuple[Any, Any]:
-    """Return the arguments of a network with their images in `memory_format`."""
+def _laid_out(value: Any, memory_format: torch.memory_format) -> Any:
+    """Return inputs of a network with their images in `memory_format`."""
 
-    def laid_out(value: Tensor) -> Tensor:
-        is_image = value.dim() == _IMAGE_DIMENSIONS
-        return value.to(memory_format=memory_format) if is_image else value
+    def laid_out(tensor: Tensor) -> Tensor:
+        is_image = tensor.dim() == _IMAGE_DIMENSIONS
+        return tensor.to(memory_format=memory_format) if is_image else tensor
 
-    return apply_to_collection(given, Tensor, laid_out), apply_to_collection(
-        named, Tensor, laid_out
-    )
+    return apply_to_collection(value, Tensor, laid_out)
 
 
 def _split(batch: Any) -> tuple[Any, Metadata]:
