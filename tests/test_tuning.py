@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
