@@ -70,8 +70,8 @@ from torch_lab.modules import TrainLabModule
 class Samples(Dataset):
     """Samples that are augmented from `random`, NumPy and torch."""
 
-    def __init__(self, count, augments):
-        self.x = torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
+    def __init__(self, count, augments, shape=(6,)):
+        self.x = torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
         self.augments = augments
 
     def __len__(self):
@@ -81,7 +81,7 @@ class Samples(Dataset):
         x = self.x[index].clone()
         y = (x.sum() > 0).long()
         if self.augments:
-            x += random.random() + float(np.random.normal()) + torch.randn(6)
+            x += random.random() + float(np.random.normal()) + torch.randn(x.shape)
         return x, {"y": y, "idx": index}
 
 
@@ -123,9 +123,14 @@ class Data(pl.LightningDataModule):
         return DataLoader(Samples(16, True), batch_size=8)
 
 
-def network(size=6):
+def network(images=False):
+    if images:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(),
+            torch.nn.Dropout(0.3), torch.nn.Linear(32, 2),
+        )
     return torch.nn.Sequential(
-        torch.nn.Linear(size, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(),
+        torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(),
         torch.nn.Dropout(0.3), torch.nn.Linear(8, 2),
     )
 
@@ -219,7 +224,7 @@ def train_config(hparams):
         accuracy = torchmetrics.classification.MulticlassAccuracy(2)
         auroc = torchmetrics.classification.MulticlassAUROC(2)
         module = Ours(
-            network(), torch.nn.CrossEntropyLoss(),
+            network(config.get("images")), torch.nn.CrossEntropyLoss(),
             functools.partial(torch.optim.AdamW, lr=0.05), scheduler(config.get("scheduler")),
             metrics={"accuracy": accuracy, "auroc": auroc},
         )
@@ -227,14 +232,14 @@ def train_config(hparams):
         module.model = torch.compile(module.model, **config["compiled"])
     workers = config.get("workers", 0)
     kwargs = {"num_workers": workers, "persistent_workers": config.get("persistent", False)}
-    count = config.get("count", 40)
+    count, shape = config.get("count", 40), (3, 4, 4) if config.get("images") else (6,)
     if config.get("arrays"):
         x = np.random.RandomState(0).randn(count, 6).astype("float32")
         y = (x.sum(axis=1) > 0).astype("int64")
         data = ArrayDataset(x, y, augmentation=lambda x, md: (
             (x + np.random.normal(size=x.shape).astype("float32") + random.random()), md))
     else:
-        data = Samples(count, True)
+        data = Samples(count, True, shape)
     if config.get("stream"):
         data = Stream(data)
     train = DataLoader(data, batch_size=8, shuffle=not config.get("stream"), **kwargs)
@@ -246,7 +251,7 @@ def train_config(hparams):
     components = {"module": module, "callbacks": callbacks}
     if config.get("datamodule"):
         return {**components, "datamodule": Data(count)}
-    validate = DataLoader(Samples(16, True), batch_size=8)
+    validate = DataLoader(Samples(16, True, shape), batch_size=8)
     return {**components, "train_dataloaders": train, "val_dataloaders": validate}
 '''
 
@@ -297,11 +302,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ddp_foreign": configuration(
         {"foreign": True, "count": 43}, accelerator="cpu", devices=2, strategy="ddp"
     ),
+    "channels_last": configuration({"images": True}) | {"channels_last": True},
+    "fused": configuration({"scheduler": "step"}, accumulate_grad_batches=2)
+    | {"optimizer": {"fused": True}},
+    "tuned": configuration({"images": True, "count": 43}, precision="bf16-mixed")
+    | {"channels_last": True, "optimizer": {"fused": True}, "pin_memory": True},
     "compiled": configuration({"compiled": {}}),
     # As torch compiles by default, a smaller batch has kernels made for any size, which a fresh
     # process does not have: then the end differs in the last bits.
     "compiled_dynamic": configuration({"compiled": {"dynamic": True}, "count": 43}),
     "compiled_static": configuration({"compiled": {"dynamic": False}, "count": 43}),
+    "compiled_by_key": configuration({"images": True, "count": 43})
+    | {"compile": True, "channels_last": True, "optimizer": {"fused": True}},
+    "compiled_ddp": configuration({}, accelerator="cpu", devices=2, strategy="ddp")
+    | {"compile": True},
 }
 
 HOOKS = (

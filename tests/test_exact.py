@@ -40,7 +40,7 @@ CONFIGURATIONS = (
     *("plain", "foreign", "arrays", "workers", "persistent", "plateau", "plateau_step"),
     *("epochs_only", "val_check_interval", "val_check_foreign", "accumulation", "partial"),
     *("combined", "stops", "stream", "stream_workers", "datamodule", "bf16", "max_steps"),
-    *("every_other", "ddp", "ddp_foreign"),
+    *("every_other", "ddp", "ddp_foreign", "channels_last", "fused", "tuned"),
 )
 
 
@@ -71,8 +71,8 @@ def swept(
 
 def test_a_killed_run_ends_with_the_same_bits(memory: Path, warm: Warm) -> None:
     """A sample of the sweep: weights, states, metrics, log lines; no process is left behind."""
-    names = ("plain", "val_check_foreign", "workers", "partial", "ddp")
-    assert len(swept(memory, 1, *names, python=warm.python)) == 5
+    names = ("plain", "val_check_foreign", "workers", "partial", "ddp", "tuned")
+    assert len(swept(memory, 1, *names, python=warm.python)) == 6
 
 
 def test_a_stopped_run_ends_with_the_same_bits(memory: Path, warm: Warm) -> None:
@@ -91,7 +91,8 @@ def test_all_killed_runs_end_with_the_same_bits(memory: Path) -> None:
 @pytest.mark.slow
 def test_a_compiled_network_ends_with_the_same_bits(memory: Path) -> None:
     """Also with a last, smaller batch, if kernels are for one size each, or all for any size."""
-    assert len(swept(memory, 2, "compiled", "compiled_dynamic", "compiled_static")) == 6
+    names = ("compiled", "compiled_dynamic", "compiled_static", "compiled_by_key", "compiled_ddp")
+    assert len(swept(memory, 2, *names)) == 10
 
 
 @pytest.mark.slow

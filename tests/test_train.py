@@ -249,6 +249,10 @@ def test_config_gets_the_whole_dictionary_with_its_defaults(lab: Lab) -> None:
         "seed": 0,
         "loader_timeout": 600.0,
         "strict": False,
+        "compile": False,
+        "channels_last": False,
+        "optimizer": {},
+        "pin_memory": False,
     }
     assert "after 2 epochs" in result.err
 

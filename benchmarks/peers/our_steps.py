@@ -1,6 +1,6 @@
 """Steps of ours, through the command `train`: metrics, checkpoints, NaN guard and exact resume on.
 
-python our_steps.py mlp|conv BATCH_SIZE arrays|samples [auroc] [ddp]
+python our_steps.py mlp|conv BATCH_SIZE arrays|samples [auroc] [ddp] [KEY...]
 """
 
 from __future__ import annotations
@@ -61,7 +61,15 @@ def train_config(hparams):
 """
 
 
-def main(kind: str, size: int, data: str, *, auroc: bool, ddp: bool) -> None:
+KEYS = {
+    "fused": {"optimizer": {"fused": True}},
+    "channels_last": {"channels_last": True},
+    "compile": {"compile": True},
+}
+"""What each further word adds to the hparams."""
+
+
+def main(kind: str, size: int, data: str, *words: str) -> None:
     """Train until nobody asks for more."""
     # The processes that are started to train together run this script too.
     root = Path(os.environ.setdefault("TOYS", tempfile.mkdtemp()))
@@ -69,19 +77,19 @@ def main(kind: str, size: int, data: str, *, auroc: bool, ddp: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (root / "pyproject.toml").touch()
     (folder / "__main__.py").write_text(CONFIG, encoding="utf-8")
-    config = {"net": kind, "batch_size": size, "data": data, "auroc": auroc}
-    several = {"strategy": "ddp", "devices": 2} if ddp else {}
+    config = {"net": kind, "batch_size": size, "data": data, "auroc": "auroc" in words}
+    several = {"strategy": "ddp", "devices": 2} if "ddp" in words else {}
     init = {"max_epochs": -1, "accelerator": "cpu", "log_every_n_steps": 50, **several}
     hparams = {
         "trainer": {"init": init},
         "config": {**config, "monitor": "loss/train"},
     }
+    for word in KEYS.keys() & set(words):
+        hparams |= KEYS[word]
     script = folder / "hparams.py"
     script.write_text(f"hparams = {hparams!r}\n", encoding="utf-8")
     run(train, "train", [str(script), "--offline"])
 
 
 if __name__ == "__main__":
-    main(
-        sys.argv[1], int(sys.argv[2]), sys.argv[3], auroc="auroc" in sys.argv, ddp="ddp" in sys.argv
-    )
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

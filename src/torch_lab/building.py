@@ -18,7 +18,14 @@ from torch_lab.hparams import Hparams
 from torch_lab.remote import asking
 from torch_lab.samplers import Position
 from torch_lab.signals import StopRequest
-from torch_lab.training import build_trainer, given_callbacks, seeded_components, with_loaders
+from torch_lab.training import (
+    build_trainer,
+    given_callbacks,
+    pin_if_of_use,
+    seeded_components,
+    with_loaders,
+)
+from torch_lab.tuning import Tuning
 from torch_lab.utils import shown
 from torch_lab.weights import load_source
 
@@ -46,10 +53,11 @@ def built(
     with asking(tracking):
         components = seeded_components(experiment)
         _load_weights(components.module, hparams, trust=trust)
+    tuning = Tuning.of(experiment)
     position = Position(hparams.seed)
     components, loaders = with_loaders(components, hparams, position, debug=False)
     callbacks = [
-        ExactResume(hparams.seed, position, loaders, StopRequest()),
+        ExactResume(hparams.seed, position, loaders, StopRequest(), tuning=tuning),
         NanMonitor(),
         *components.callbacks,
         *given_callbacks(hparams),
@@ -57,6 +65,7 @@ def built(
     # A callback such as LearningRateMonitor refuses to be without a logger.
     defaults = {"logger": DummyLogger(), "num_sanity_val_steps": 0}
     trainer = build_trainer(hparams, callbacks, experiment.root, lightning_shards=False, **defaults)
+    pin_if_of_use(loaders, trainer, hparams)
     return trainer, components.module, _data(components)
 
 

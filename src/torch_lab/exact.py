@@ -15,6 +15,7 @@ All that is private to Lightning's loops, and set for this, is set in this file.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import time
 import warnings
@@ -34,6 +35,7 @@ from torch_lab.samplers import Position
 from torch_lab.saving import CheckpointWriter, Point
 from torch_lab.seeds import Stream, derived, seed_generators
 from torch_lab.signals import StopRequest
+from torch_lab.tuning import Tuning, laid_out_as, lay_out_states
 
 __all__ = ["STATE", "ExactResume", "changed_conditions"]
 
@@ -60,6 +62,7 @@ class ExactResume(pl.Callback):
         continues: Whether the run goes on itself; a new one that starts from another's state has
             stoppers of its own.
         refuses_changes: Whether data that is not that of the checkpoint ends the run.
+        tuning: How is computed.
 
     Raises:
         CheckpointError: It does.
@@ -74,12 +77,14 @@ class ExactResume(pl.Callback):
         *,
         continues: bool = False,
         refuses_changes: bool = False,
+        tuning: Tuning | None = None,
     ) -> None:
         self.seed = seed
         self.position = position
         self.loaders = loaders
         self.stop = stop
         self.refuses_changes = refuses_changes
+        self.tuning = tuning or Tuning()
         self.continues = continues
         self._restored: dict[str, Any] | None = None
         self._seen_batches: dict[int, int] | None = None
@@ -93,8 +98,13 @@ class ExactResume(pl.Callback):
 
     # Where training stands.
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose for the optimizers what nobody has, before a checkpoint gives them what it has."""
+        self.tuning.choose_kernels(trainer.optimizers, pl_module)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set loops, metrics and sums to where the checkpoint left them; defer signals."""
+        lay_out_states(trainer.optimizers)
         self._writer = _writer_of(trainer)
         self._processes = trainer.world_size
         for reason in self.reasons(pl_module):
@@ -212,8 +222,7 @@ class ExactResume(pl.Callback):
             module: What is trained; its loaders must be known by now.
         """
         yield from self.loaders.reasons
-        compiled = (part for part in module.modules() if type(part).__name__ == "OptimizedModule")
-        chooses = any(getattr(part.dynamo_ctx, "_dynamic", None) is None for part in compiled)
+        chooses = any(map(_lets_torch_choose_sizes, module.modules()))
         if chooses and self.loaders.have_partial_batches:
             yield (
                 "once a smaller last batch has come, torch.compile makes other kernels, for any "
@@ -288,6 +297,7 @@ class ExactResume(pl.Callback):
             "seed": self.seed,
             "processes": trainer.world_size,
             "loaders": self.loaders.facts(),
+            "tuning": self.tuning.conditions(),
         }
 
     def _state_of_ranks(
@@ -357,6 +367,11 @@ def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
         yield f"the seed was {before['seed']} and is {now['seed']}"
     if before["processes"] != now["processes"]:
         yield f"the number of processes was {before['processes']} and is {now['processes']}"
+    tuning = before.get("tuning", {})
+    for key, was in tuning.items():
+        is_now = now["tuning"].get(key)
+        if was != is_now:
+            yield f"{key} was {was} and is {is_now}"
     names = [" and ".join(sorted(side["loaders"])) for side in (before, now)]
     if now["loaders"] and names[0] != names[1]:  # Those of a datamodule are not known at once.
         yield f"the loaders were {names[0]} and are {names[1]}"
@@ -364,6 +379,18 @@ def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
         was, is_now = before["loaders"][name], now["loaders"][name]
         if was != is_now:
             yield f"{name} had {_size(was)} and has {_size(is_now)}"
+
+
+def _lets_torch_choose_sizes(part: torch.nn.Module) -> bool:
+    """Return whether a part is compiled for one size first, and for any when another comes."""
+    context: Any
+    if type(part).__name__ == "OptimizedModule":
+        context = part.dynamo_ctx
+    elif compiled := vars(part).get("_compiled_call_impl"):
+        context = inspect.getclosurevars(compiled).nonlocals.get("self")
+    else:
+        return False
+    return getattr(context, "_dynamic", None) is None
 
 
 def _size(facts: Mapping[str, Any]) -> str:
@@ -648,7 +675,8 @@ def _gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 def _restore_gradients(module: torch.nn.Module, gradients: Mapping[str, Tensor]) -> None:
     parameters = dict(module.named_parameters())
     for name, gradient in gradients.items():
-        parameters[name].grad = gradient.to(parameters[name].device)
+        on_device = gradient.to(parameters[name].device)
+        parameters[name].grad = laid_out_as(on_device, parameters[name])
 
 
 def _states_of_callbacks(trainer: pl.Trainer) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Hparams: one plain dictionary, checked and completed once, so that nobody below asks again.
 
-The sections `task`, `checkpoint`, `trainer` and `config`, and the values beside them, are optional.
+The sections `task`, `checkpoint`, `trainer` and `config`, and what is beside them, are optional.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ __all__ = [
 ]
 
 _TRAINER = ("pytorch_lightning.trainer.trainer", "Trainer")
+_OF_COMPILE: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "fullgraph": ((bool,), "True or False"),
+    "dynamic": ((bool, type(None)), "True, False or None"),
+    "mode": ((str, type(None)), "a string"),
+    "options": ((dict, type(None)), "a dictionary"),
+    "disable": ((bool,), "True or False"),
+}
+"""Types of what `torch.compile` takes; it finds out itself when it compiles, if at all."""
+_OF_OPTIMIZER = ("fused", "foreach")
+"""Arguments of optimizers that change how they compute, and not what."""
 _COMPONENTS = "it comes from what the config function returns"
 _CHECKPOINT = 'set hparams["checkpoint"] instead'
 _OWNED = {
@@ -166,6 +176,14 @@ class Hparams:
     """Seconds that the workers of a loader may take for a batch; None for any time."""
     strict: bool = False
     """Whether keys of `config` that no base has, or that nobody reads, are errors."""
+    compile: bool | dict[str, Any] = False
+    """Whether the network is compiled, or with which arguments of `torch.compile`."""
+    channels_last: bool = False
+    """Whether images, and the weights for them, lie in memory with their channels last."""
+    optimizer: dict[str, bool] = field(default_factory=dict)
+    """What holds for the optimizers where `train_config` has not chosen."""
+    pin_memory: bool = False
+    """Whether batches are copied into pinned memory on their way to a device."""
     added: frozenset[str] = frozenset()
     """The keys of `config` that no script has set."""
 
@@ -198,6 +216,10 @@ class Hparams:
                 sections.get("loader_timeout", _LOADER_TIMEOUT), "loader_timeout", "of seconds"
             ),
             strict=check.yes_or_no(sections.get("strict", False), "strict"),
+            compile=check.compile(sections.get("compile", False)),
+            channels_last=check.yes_or_no(sections.get("channels_last", False), "channels_last"),
+            optimizer=check.optimizer(sections.get("optimizer", {})),
+            pin_memory=check.yes_or_no(sections.get("pin_memory", False), "pin_memory"),
         )
 
     @property
@@ -220,6 +242,10 @@ class Hparams:
             "seed": self.seed,
             "loader_timeout": self.loader_timeout,
             "strict": self.strict,
+            "compile": self.compile,
+            "channels_last": self.channels_last,
+            "optimizer": self.optimizer,
+            "pin_memory": self.pin_memory,
         }
         result: dict[str, Any] = copied(plain)
         return result
@@ -247,9 +273,13 @@ class Hparams:
         )
 
     def for_debug(self) -> Hparams:
-        """Return the hparams that find anomalies in the backward pass, without worker processes."""
+        """Return the hparams that find anomalies in the backward pass, without worker processes.
+
+        Nothing is compiled, as a debugger does not reach into what is.
+        """
         return replace(
             self,
+            compile=False,
             trainer=replace(self.trainer, init={**self.trainer.init, "detect_anomaly": True}),
             **self._without_workers(),
         )
@@ -272,6 +302,10 @@ def known_names(section: Key) -> tuple[str, ...]:
             return tuple(vars(TrainerArguments()))
         case ("trainer", call) if call in vars(TrainerArguments()):
             return _parameters_of_trainer(call)
+        case ("compile",):
+            return tuple(name for name in parameters_of("torch", "compile") if name != "model")
+        case ("optimizer",):
+            return _OF_OPTIMIZER
     return ()
 
 
@@ -445,6 +479,31 @@ class _Check:
                 "config.monitor_mode", f'config.monitor_mode must be "min" or "max", not {mode!r}'
             )
         return config
+
+    def compile(self, given: object) -> bool | dict[str, Any]:
+        if isinstance(given, bool):
+            return given
+        if not isinstance(given, dict):
+            expected = "True, False or a dictionary of arguments of torch.compile"
+            raise self.error("compile", f"compile must be {expected}, not {_described(given)}")
+        options = self.is_dict(given, "compile")
+        self.are_known(options, known_names(("compile",)), "compile")
+        for key in options.keys() & _OF_COMPILE.keys():
+            self.is_type(options[key], _OF_COMPILE[key][0], f"compile.{key}", _OF_COMPILE[key][1])
+        return options
+
+    def optimizer(self, given: object) -> dict[str, bool]:
+        defaults = self.is_dict(given, "optimizer")
+        self.are_known(defaults, _OF_OPTIMIZER, "optimizer")
+        for key, value in defaults.items():
+            self.yes_or_no(value, f"optimizer.{key}")
+        if all(defaults.get(key) for key in _OF_OPTIMIZER):
+            raise self.error(
+                "optimizer",
+                "optimizer.fused and optimizer.foreach are both True; an optimizer is one of them",
+                "leave out foreach: fused kernels are the faster ones where there are both",
+            )
+        return defaults
 
     def seed(self, given: object) -> int:
         if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given < 2**32:

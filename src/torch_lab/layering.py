@@ -41,6 +41,7 @@ __all__ = [
     "MISSING",
     "OWN_KEYS",
     "SECTIONS",
+    "SWITCHES",
     "Env",
     "Later",
     "Merge",
@@ -60,8 +61,13 @@ __all__ = [
     "with_items",
 ]
 
-SECTIONS: Final = ("task", "checkpoint", "trainer", "config", "seed", "loader_timeout", "strict")
+SECTIONS: Final = (
+    *("task", "checkpoint", "trainer", "config", "seed", "loader_timeout", "strict"),
+    *("compile", "channels_last", "optimizer", "pin_memory"),
+)
 """What hparams may hold."""
+SWITCHES: Final[frozenset[Key]] = frozenset({("compile",)})
+"""Keys that hold True or False, or a dictionary: each may take the place of the other."""
 OWN_KEYS: Final = "keys of your own are below config"
 
 
@@ -268,7 +274,7 @@ def layer(path: str | Path, /, **changes: Any) -> dict[str, Any]:
 
     def fitted(before: Any, value: Any, key: Key) -> Any:
         gives_way = any(each is None or isinstance(each, Later) for each in (before, value))
-        if gives_way or isinstance(before, dict) is isinstance(value, dict):
+        if gives_way or key in SWITCHES or isinstance(before, dict) is isinstance(value, dict):
             return value
         kinds = ("a dictionary", "no dictionary")
         was, now = kinds if isinstance(before, dict) else kinds[::-1]

@@ -117,6 +117,8 @@ class Loaders:
         self._reasons: dict[str, list[str]] = {}
         self._trained: dict[str, Any] = {}
         self._restored: dict[str, Any] = {}
+        self._fitted: dict[str, DataLoader[Any]] = {}
+        self._pins = False
 
     @property
     def reasons(self) -> list[str]:
@@ -209,6 +211,15 @@ class Loaders:
                 self._trained[own_name] = fitted
         return _with_leaves(given, name, replaced)
 
+    def pin_batches(self) -> None:
+        """Have all DataLoaders copy their batches into pinned memory, also those that come later.
+
+        From there they go to the device while the training goes on.
+        """
+        self._pins = True
+        for loader in self._fitted.values():
+            _pin(loader)
+
     # Loaders that are no DataLoaders.
 
     def _resumed(self, loader: Any, role: _Role) -> Any:
@@ -238,6 +249,9 @@ class Loaders:
         self._fit_data(loader, role)
         changed = {key: before[key] for key in before if vars(loader)[key] is not before[key]}
         vars(loader)["_fitting"] = _Fitting(self._token, role, changed)
+        self._fitted[role.name] = loader
+        if self._pins:
+            _pin(loader)
         return loader
 
     def _fit_workers(self, loader: DataLoader[Any]) -> None:
@@ -323,7 +337,7 @@ class _Fitting:
 
     by: object
     role: _Role
-    before: Mapping[str, Any]
+    before: dict[str, Any]
 
 
 def given_to(loader: DataLoader[Any], name: str) -> Any:
@@ -336,6 +350,12 @@ def _undo(loader: DataLoader[Any], fitting: _Fitting) -> None:
     del vars(loader)["_fitting"]
     vars(loader).pop("_get_iterator", None)
     vars(loader).update(fitting.before, _iterator=None)
+
+
+def _pin(loader: DataLoader[Any]) -> None:
+    fitting: _Fitting = vars(loader)["_fitting"]
+    fitting.before.setdefault("pin_memory", loader.pin_memory)
+    vars(loader).update(pin_memory=True)
 
 
 def _index_sampler(loader: DataLoader[Any]) -> Any:

@@ -168,6 +168,10 @@ class _OneBatch(pl.Callback):
         self._started = 0.0
         self._before: set[str] = set()
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have the optimizers step as those of the run will."""
+        _exactness(self.training).tuning.choose_kernels(trainer.optimizers, pl_module)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have the optimizer make its step after this batch, whatever it accumulates."""
         trainer.accumulate_grad_batches = 1

@@ -25,6 +25,7 @@ from torch_lab.layering import (
     DELETE,
     MISSING,
     OWN_KEYS,
+    SWITCHES,
     Env,
     Later,
     Merge,
@@ -438,6 +439,8 @@ class _Overriding:
         )
 
     def _fitted(self, before: Any, value: Any, key: Key) -> Any:
+        if key in SWITCHES and {type(before), type(value)} <= {bool, dict}:
+            return value
         found = _fitted(before, value)
         if found is not _MISFIT:
             return found

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,10 @@ from torch_lab.training import (
     failure_elsewhere,
     given_callbacks,
     leave_process_group,
+    pin_if_of_use,
     prepared,
 )
+from torch_lab.tuning import Tuning
 from torch_lab.untracked import keep_untracked
 from torch_lab.utils import process_rank, shown
 from torch_lab.weights import load_source, loaded_from
@@ -335,7 +337,7 @@ def infer(
     ):
         experiment = _loaded(path, set, unset)
         hparams = experiment.hparams.as_used(debug=debug)
-        components = _seeded_components(experiment, arguments)
+        components = _seeded_components(experiment, hparams, arguments)
         loaders = Loaders(Position(hparams.seed), debug=debug, timeout=hparams.loader_timeout)
         predicted = loaders.prepare(components.predict_dataloaders, "predict")
         weights = _weights_for(components.module, hparams, trust=trust_checkpoint)
@@ -343,18 +345,22 @@ def infer(
         how = {"return_predictions": return_predictions, **hparams.trainer.predict}
         callbacks = [*components.callbacks, *given_callbacks(hparams)]
         trainer = build_trainer(hparams, callbacks, experiment.root)
+        pin_if_of_use(loaders, trainer, hparams)
         _warn_if_nothing_is_kept(callbacks, how)
         with known_failures_as_ours(experiment, loaders):
             predictions = trainer.predict(components.module, predicted, **how)
             leave_process_group()
-        files = tuple(each.path for each in callbacks if isinstance(each, PredictionWriter))
-        _show_files(console, files, as_json=as_json)
+        files = _written_by(callbacks, console, as_json=as_json)
     return Inference(files, predictions if how["return_predictions"] else None)
 
 
-def _seeded_components(experiment: Experiment, arguments: Sequence[object]) -> InferComponents:
-    pl.seed_everything(experiment.hparams.seed, workers=True, verbose=False)
-    return experiment.infer_components([str(word) for word in arguments])
+def _seeded_components(
+    experiment: Experiment, hparams: Hparams, arguments: Sequence[object]
+) -> InferComponents:
+    pl.seed_everything(hparams.seed, workers=True, verbose=False)
+    components = experiment.infer_components([str(word) for word in arguments])
+    Tuning.of(replace(experiment, hparams=hparams)).tune(components.module)
+    return components
 
 
 def _warn_if_nothing_is_kept(callbacks: Sequence[pl.Callback], how: Mapping[str, Any]) -> None:
@@ -363,11 +369,16 @@ def _warn_if_nothing_is_kept(callbacks: Sequence[pl.Callback], how: Mapping[str,
         log.warning("no prediction writer is among the callbacks: predictions will be lost")
 
 
-def _show_files(console: Console, files: Sequence[Path], *, as_json: bool) -> None:
+def _written_by(
+    callbacks: Sequence[pl.Callback], console: Console, *, as_json: bool
+) -> tuple[Path, ...]:
+    """Return the files that `callbacks` have written, and show them."""
+    files = tuple(each.path for each in callbacks if isinstance(each, PredictionWriter))
     if as_json:
         console.result(json.dumps({"files": [str(file) for file in files]}))
     else:
         console.closing([("wrote", shown(file)) for file in files])
+    return files
 
 
 def _weights_for(module: pl.LightningModule, hparams: Hparams, *, trust: bool) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.accelerators import CPUAccelerator, MPSAccelerator
 from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
@@ -63,6 +64,7 @@ from torch_lab.saving import CheckpointWriter
 from torch_lab.server import Server
 from torch_lab.signals import StopRequest
 from torch_lab.tracking import Tracking, opened, versions_taken
+from torch_lab.tuning import Tuning
 from torch_lab.utils import process_rank, shown
 from torch_lab.weights import check_fits, load_source
 
@@ -76,6 +78,7 @@ __all__ = [
     "for_any_machine",
     "given_callbacks",
     "leave_process_group",
+    "pin_if_of_use",
     "prepared",
     "seeded_components",
     "with_loaders",
@@ -86,6 +89,8 @@ log = logging.getLogger(__name__)
 _FAILURE = ".failure.json"
 _MOST_TOLD = 8
 """Where a process tells the one that started it what went wrong."""
+_WITHOUT_PINNING = (CPUAccelerator, MPSAccelerator)
+"""Devices to which Lightning waits for each copy."""
 _ANY_MACHINE = {
     "accelerator": "cpu",
     "devices": 1,
@@ -363,6 +368,7 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
         *(run, hparams.seed, position, loaders, stop),
         continues=continues,
         refuses_changes=refuses,
+        tuning=Tuning.of(experiment),
     )
     callbacks = _train_callbacks(hparams, run, components, logger, exact, options)
     # The baseline validation does what Lightning's sanity check is for.
@@ -371,6 +377,7 @@ def prepared(experiment: Experiment, options: Options, stop: StopRequest) -> Tra
     trainer = build_trainer(
         machine, callbacks, run.folder.parent, lightning_shards=False, **defaults
     )
+    pin_if_of_use(loaders, trainer, hparams)
     _check_rank(trainer, hparams)
     start = _start(components.module, source, hparams, options, exact.conditions(trainer))
     training = Training(
@@ -479,9 +486,11 @@ def _look_at_added_keys(experiment: Experiment) -> None:
 
 
 def seeded_components(experiment: Experiment) -> TrainComponents:
-    """Return what `train_config` makes, with the weights that the seed decides on."""
+    """Return what `train_config` makes, with the weights that the seed decides on; tuned."""
     pl.seed_everything(experiment.hparams.seed, workers=True, verbose=False)
-    return experiment.train_components()
+    components = experiment.train_components()
+    Tuning.of(experiment).tune(components.module)
+    return components
 
 
 def with_loaders(
@@ -504,6 +513,12 @@ def with_loaders(
         ),
         loaders,
     )
+
+
+def pin_if_of_use(loaders: Loaders, trainer: pl.Trainer, hparams: Hparams) -> None:
+    """Have `loaders` pin their batches, if that is wanted and of use to the device."""
+    if hparams.pin_memory and not isinstance(trainer.accelerator, _WITHOUT_PINNING):
+        loaders.pin_batches()
 
 
 def _planned(

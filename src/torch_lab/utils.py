@@ -81,7 +81,8 @@ def parameters_of(module: str, function: str) -> tuple[str, ...]:
     package, *inner = module.split(".")
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
-    path = Path(spec.submodule_search_locations[0]).joinpath(*inner).with_suffix(".py")
+    folder = Path(spec.submodule_search_locations[0])
+    path = folder.joinpath(*inner).with_suffix(".py") if inner else folder / "__init__.py"
     return _parameters(_definition(path.read_text(encoding="utf-8"), function))
 
 
@@ -94,7 +95,9 @@ def _definition(source: str, function: str) -> ast.FunctionDef:
             for node in scope
             if isinstance(node, ast.ClassDef) and node.name == class_name
         )
-    return next(node for node in scope if isinstance(node, ast.FunctionDef) and node.name == name)
+    # Of overloads, the last one is the function itself.
+    found = [node for node in scope if isinstance(node, ast.FunctionDef) and node.name == name]
+    return found[-1]
 
 
 def _parameters(definition: ast.FunctionDef) -> tuple[str, ...]:
