@@ -147,6 +147,23 @@ def test_a_nan_on_another_rank_is_told(lab: Lab, warm: Warm, strategy: str) -> N
     assert "NaN" in (lab.run().record.reason or "")
 
 
+def test_a_nan_on_another_rank_is_told_later(lab: Lab, warm: Warm) -> None:
+    """Of a device that is waited for, each process tells what it has met, and that it is one."""
+    bad = " * (float('nan') if (self.global_rank, self.global_step) == (1, 1) else 1)\n\n"
+    later = "from torch_lab.callbacks import nan_monitor\nnan_monitor.waits_for = lambda device: True\n"
+    own(
+        lab,
+        (STEP, STEP.replace("\n\n", bad)),
+        ("import torch\n", f"import torch\n{later}"),
+        **{"accelerator": "cpu", "devices": 2, "strategy": "ddp"},
+    )
+    result = lab.command("train", lab.path, python=warm.python)
+    assert result.code == ExitCode.NON_FINITE, result.err
+    assert "loss is NaN in step 2, epoch 1 (samples 5, 7): noticed after step 2" in result.err
+    assert "(in process 1; in another one the first may have been another)" in result.err
+    assert not lab.run().checkpoint("last").exists()
+
+
 SLOW = (
     CONFIG.replace("batch_size=8, **kwargs)", "batch_size=8, num_workers=2, **kwargs)")
     .replace(

@@ -362,6 +362,9 @@ def _late_error(trainer: pl.Trainer, module: pl.LightningModule, bad: Kept) -> N
         if made >= bad.step
         else "noticed before that step was made, so the weights are those of before it"
     )
+    if trainer.world_size > 1:
+        rank = trainer.global_rank
+        weights += f" (in process {rank}; in another one the first may have been another)"
     return NonFiniteError(
         f"the training loss is {_word(bad.loss)} in step {bad.step}, epoch {bad.epoch}{samples}: "
         f"{weights}",
