@@ -147,21 +147,41 @@ def test_a_nan_on_another_rank_is_told(lab: Lab, warm: Warm, strategy: str) -> N
     assert "NaN" in (lab.run().record.reason or "")
 
 
+@pytest.mark.slow
 def test_a_nan_on_another_rank_is_told_later(lab: Lab, warm: Warm) -> None:
-    """Of a device that is waited for, each process tells what it has met, and that it is one."""
+    """Of a device that is waited for; nobody saves what it has made of the weights of the others.
+
+    Who comes first tells of its own: rank 1 of its step, or rank 0 of what that has left.
+    """
     bad = " * (float('nan') if (self.global_rank, self.global_step) == (1, 1) else 1)\n\n"
-    later = "from torch_lab.callbacks import nan_monitor\nnan_monitor.waits_for = lambda device: True\n"
+    later = (
+        "from torch_lab.callbacks import nan_monitor\nnan_monitor.waits_for = lambda device: True"
+    )
     own(
         lab,
         (STEP, STEP.replace("\n\n", bad)),
-        ("import torch\n", f"import torch\n{later}"),
-        **{"accelerator": "cpu", "devices": 2, "strategy": "ddp"},
+        ("import torch\n", f"import torch\n{later}\n"),
+        (
+            "def train_config",
+            "class Saving(pl.Callback):\n"
+            "    def on_train_batch_end(self, trainer, *args):\n"
+            "        if trainer.global_step == 2:\n"
+            "            trainer.save_checkpoint('bad.ckpt', weights_only=True)\n\n\n"
+            "def train_config",
+        ),
+        ('"datamodule": Data()', '"datamodule": Data(), "callbacks": [Saving()]'),
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
     )
     result = lab.command("train", lab.path, python=warm.python)
     assert result.code == ExitCode.NON_FINITE, result.err
-    assert "loss is NaN in step 2, epoch 1 (samples 5, 7): noticed after step 2" in result.err
-    assert "(in process 1; in another one the first may have been another)" in result.err
-    assert not lab.run().checkpoint("last").exists()
+    told = (
+        "loss is NaN in step 2, epoch 1 (samples 5, 7): noticed after step 2, ",
+        "the weights are",
+    )
+    assert any(each in result.err for each in told)
+    assert not lab.run().checkpoint("last").exists() and not (lab.root / "bad.ckpt").exists()
 
 
 SLOW = (

@@ -152,7 +152,7 @@ class NanMonitor(pl.Callback):
         )
         self._waiting.add(kept)
         if self._hook is None:
-            look = Look(lambda: self._look(trainer, module))
+            look = Look(lambda: self._look_before_saving(trainer, module))
             self._hook = module.register_state_dict_pre_hook(look)  # type: ignore[no-untyped-call]
         if len(self._waiting) < _MOST_WAITING and not (is_training and _logs(trainer, module)):
             return False
@@ -169,6 +169,20 @@ class NanMonitor(pl.Callback):
         """
         if bad := self._waiting.first_bad():
             raise _late_error(trainer, module, bad)
+
+    def _look_before_saving(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Look at all losses that wait, and at what those of other processes may have left."""
+        self._look(trainer, module)
+        if trainer.world_size > 1:
+            self._check_parameters(trainer, module)
+
+    def _check_parameters(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if bad := _bad_parameters(module):
+            raise NonFiniteError(
+                f"the weights are not finite after step {trainer.global_step}, so no checkpoint "
+                f"is written of them: {_listing(bad)}{self._made_by(trainer.global_step)}",
+                MEND_STEPS,
+            )
 
     def _known_ids(self, stage: str, loader: int, batch: Any) -> Any:
         """Return what names the samples of a batch, if it is known; nothing else of it is kept."""
@@ -285,12 +299,7 @@ class NanMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._look(trainer, pl_module)
-        if bad := _bad_parameters(pl_module):
-            raise NonFiniteError(
-                f"the weights are not finite after step {trainer.global_step}, so no checkpoint "
-                f"is written of them: {_listing(bad)}{self._made_by(trainer.global_step)}",
-                MEND_STEPS,
-            )
+        self._check_parameters(trainer, pl_module)
 
 
 @dataclass(frozen=True)
