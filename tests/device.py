@@ -33,11 +33,9 @@ ANSWERS: dict[str, Any] = {
     "aten::_local_scalar_dense": lambda given: (
         not hasattr(given, "is_any") and torch.ones((), dtype=given.dtype).item()
     ),
-    "aten::bincount": lambda given, weights, size: torch.empty(
-        size, dtype=torch.long, device=DEVICE
-    ),
-    "aten::nonzero": lambda given: torch.empty(0, given.ndim, dtype=torch.long, device=DEVICE),
-    "aten::_unique2": lambda given, *_: (given.flatten()[:1], *[torch.empty(0, device=DEVICE)] * 2),
+    "aten::bincount": lambda given, weights, size: NO_INDICES.new_empty(size),
+    "aten::nonzero": lambda given: NO_INDICES.new_empty(0, given.ndim),
+    "aten::_unique2": lambda given, *_: (given.flatten()[:1], NO_INDICES, NO_INDICES),
 }
 
 
@@ -45,7 +43,8 @@ class Anything(CPUAccelerator):
     """Takes any device."""
 
     def setup_device(self, device: torch.device) -> None:
-        """Do nothing."""
+        """Refuse none."""
+        assert device == DEVICE
 
 
 def strategy() -> SingleDeviceStrategy:
