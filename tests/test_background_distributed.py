@@ -19,6 +19,7 @@ from torch_lab.runs import Run
 from warm import Warm
 
 FAULTS = """
+import contextlib
 import errno
 import os
 import pathlib
@@ -37,6 +38,15 @@ pathlib.Path("pid" + RANK).write_text(str(os.getpid()))
 class Slow(pl.Callback):
     def on_train_batch_end(self, trainer, *args):
         time.sleep(float(os.environ.get("STEP_TAKES", "0")))
+
+    def on_train_epoch_start(self, trainer, *args):
+        filler = pathlib.Path(trainer.default_root_dir) / "filler"
+        if FAULT == "fill" and RANK == "0" and trainer.current_epoch == 1:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if trainer.current_epoch == int(NUMBER or 0):
+            filler.unlink(missing_ok=True)
 
 
 class Written:
@@ -96,13 +106,15 @@ class Pair:
         """Train in processes of their own."""
         return self.lab.command("train", self.lab.path, *words, python=self.python, **variables)
 
-    def start(self, **variables: str) -> subprocess.Popen[str]:
-        """Begin to train, and return when a file is being written."""
-        (self.lab.root / "writing").unlink(missing_ok=True)
+    def start(self, *words: str, until: str, **variables: str) -> subprocess.Popen[str]:
+        """Begin to train, and return when there is a file `until`."""
+        for name in ("writing", "pid0", "pid1"):
+            (self.lab.root / name).unlink(missing_ok=True)
         environment = self.lab.environment(**variables)
-        process = self.lab.start("train", self.lab.path, python=self.python, env=environment)
+        command = ["train", self.lab.path, *words]
+        process = self.lab.start(*command, python=self.python, env=environment)
         deadline = time.monotonic() + 60
-        while not (self.lab.root / "writing").exists():
+        while not (self.lab.root / until).exists():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.01)
         return process
@@ -146,8 +158,8 @@ def pair(project: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     monkeypatch.chdir(project.lab.root)
     yield project
     for rank in (0, 1):
-        pid = int((project.lab.root / f"pid{rank}").read_text())
-        assert not Path(f"/proc/{pid}").exists(), f"rank {rank} is still there"
+        told = project.lab.root / f"pid{rank}"
+        assert not told.exists() or not Path(f"/proc/{told.read_text()}").exists(), rank
 
 
 def test_a_failed_write_is_told_once(pair: Pair) -> None:
@@ -161,6 +173,7 @@ def test_a_failed_write_is_told_once(pair: Pair) -> None:
     assert scalars(pair.run) == scalars(pair.unbroken)
 
 
+@pytest.mark.slow
 def test_so_many_failed_writes_end_both(pair: Pair) -> None:
     """Neither waits for the other; what stands is gone on from."""
     result = pair.train("--set", "checkpoint.give_up_after=2", FAULT="full 2")
@@ -170,7 +183,7 @@ def test_so_many_failed_writes_end_both(pair: Pair) -> None:
     pair.ends_as_unbroken()
 
 
-@pytest.mark.parametrize("write", [1, 2])
+@pytest.mark.parametrize("write", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_kill_within_a_write_leaves_the_one_before(pair: Pair, write: int) -> None:
     """The other process ends by itself; half of a file is no checkpoint."""
     result = pair.train(FAULT=f"die {write}")
@@ -179,10 +192,10 @@ def test_a_kill_within_a_write_leaves_the_one_before(pair: Pair, write: int) -> 
     pair.ends_as_unbroken()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_waits_for_what_is_written(pair: Pair, rank: int) -> None:
     """Whichever process gets it; then the checkpoint of its own moment is written."""
-    process = pair.start(FAULT="slow 2", STEP_TAKES="0.05")
+    process = pair.start(until="writing", FAULT="slow 2", STEP_TAKES="0.05")
     pair.strike(rank, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == ExitCode.TERMINATED, err
@@ -191,11 +204,49 @@ def test_a_signal_waits_for_what_is_written(pair: Pair, rank: int) -> None:
     pair.ends_as_unbroken()
 
 
+@pytest.mark.slow
 def test_the_death_of_another_process_waits_for_it(pair: Pair) -> None:
     """What rank zero was writing is whole, and is gone on from."""
-    process = pair.start(FAULT="slow 2", STEP_TAKES="0.05")
+    process = pair.start(until="writing", FAULT="slow 2", STEP_TAKES="0.05")
     pair.strike(1, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode not in (0, None), err
     assert pair.run.state == "failed" and pair.step("last") == 8, err
     pair.ends_as_unbroken()
+
+
+@pytest.mark.slow
+def test_kills_of_either_at_any_moment(pair: Pair) -> None:
+    """Whatever is being written: the run goes on, again and again, and ends with the same bits."""
+    every = ["--set", "checkpoint.every_n_steps=1"]
+    before = len(pair.lab.runs)
+    for kill in range(10):
+        words = ["--resume"] if len(pair.lab.runs) > before else every
+        process = pair.start(*words, until="pid1", STEP_TAKES="0.1", FAULT=f"slow {1 + kill % 3}")
+        time.sleep(1 + 0.15 * kill)
+        pair.strike(kill % 2, signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        assert "is damaged" not in err
+        if process.returncode == 0:
+            break
+    pair.ends_as_unbroken()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one: training goes on, says so once, and writes again when there is room."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        result = pair.train(FAULT="fill 2", TORCH_LAB_ROOT=str(tmp_path))
+        assert result.code == 0, result.err
+        assert result.err.count("checkpoints last and best were not written: No space left") == 1
+        assert result.err.count("checkpoints are written again") == 1
+        (run,) = [Run.read(path.parent) for path in tmp_path.glob("data/artifacts/*/run.json")]
+        assert (run.sidecar("last") or {})["step"] == 12
+        assert scalars(run) == scalars(pair.unbroken)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
