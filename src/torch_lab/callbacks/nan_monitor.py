@@ -111,11 +111,14 @@ class NanMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
-        self._step = trainer.global_step + 1
+        if not pl_module.automatic_optimization:  # It makes its step whenever it likes.
+            self._step = trainer.global_step + 1
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
+        if not waits_for(loss.device) and _is_finite(loss):  # Most are, and each step asks.
+            return
         if self._is_bad(trainer, pl_module, "training", loss, self._batch):
             made_by = self._made_by(trainer.global_step)
             raise self._error(trainer, pl_module, "training", loss, self._batch, made_by=made_by)
@@ -140,12 +143,13 @@ class NanMonitor(pl.Callback):
             return _is_nan(loss) if is_sum else not _is_finite(loss)
         if not loss.numel():
             return False
-        is_training = stage == "training"
+        is_training, made = stage == "training", trainer.global_step
+        step_of_training = made + 1 if module.automatic_optimization else self._step
         kept = Kept(
             # Lightning adds to a sum by making another one.
             loss.detach() if is_sum else alone(loss),
             stage,
-            self._step if is_training else trainer.global_step,
+            step_of_training if is_training else made,
             trainer.current_epoch + 1,
             self._known_ids("train" if is_training else "validate", loader, batch),
             may_be_infinite=is_sum,
@@ -246,7 +250,8 @@ class NanMonitor(pl.Callback):
         batch_idx: int,
     ) -> None:
         self._batch = None
-        self._ids_before = self._known_ids("train", 0, batch)
+        ids = _ids(batch)
+        self._ids_before = self._indices("train", 0) if ids is None else ids
         # A module that optimises by itself may run the backward pass without Lightning.
         if not pl_module.automatic_optimization and isinstance(outputs, Mapping):
             loss = outputs.get("loss")
@@ -490,11 +495,9 @@ def _sample_ids(parts: Iterable[Any], size: int) -> Sequence[Any] | None:
 
 
 def _ids(batch: Any) -> Any:
-    """Return the `idx` in the metadata of a batch: nothing else of it is kept in memory."""
-    parts = _parts(batch).values()
-    return next(
-        (part["idx"] for part in parts if isinstance(part, Mapping) and "idx" in part), None
-    )
+    """Return the `idx` in a batch or its metadata: nothing else of it is kept in memory."""
+    md = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else batch
+    return md.get("idx") if isinstance(md, Mapping) else None
 
 
 def _as_list(ids: Any) -> list[Any]:
