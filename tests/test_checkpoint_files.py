@@ -130,6 +130,16 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {other.name, "last.ckpt", "last.json"}
 
 
+def test_a_bare_name_is_a_file_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for any other writer: a callback of the user's may write there."""
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint(content(step), "own.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"own.ckpt", "own.json"}
+
+
 def test_linking_again_leaves_nothing_behind(run: Run) -> None:
     """A move from one name of a file to another does nothing at all, and is no reason to stay."""
     written(run, 1)

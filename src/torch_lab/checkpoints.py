@@ -177,7 +177,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _is_of_run(checkpoint: Path) -> bool:
     """Return whether it lies in the folder of a run, where no other process writes."""
-    return (checkpoint.parents[1] / "run.json").is_file()
+    return (checkpoint.absolute().parent.parent / "run.json").is_file()
 
 
 def _make_folder(folder: Path, name: str) -> None:
