@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from torch_lab.callbacks import NanMonitor
+from torch_lab.callbacks import NanMonitor, nan_monitor
+from torch_lab.callbacks.waiting import Look, Losses
 from torch_lab.errors import ExitCode, NonFiniteError
 
 Batch = Any
@@ -253,7 +255,7 @@ def test_it_pickles_without_the_batch() -> None:
     """A spawned process gets a copy without data."""
     monitor = NanMonitor()
     failure(Model(), [batch(0, size=10_000)], callbacks=[monitor])
-    assert len(pickle.dumps(monitor)) < 200
+    assert len(pickle.dumps(monitor)) < 400
 
 
 def test_losses_of_any_shape_are_checked() -> None:
@@ -266,3 +268,231 @@ def test_losses_of_any_shape_are_checked() -> None:
 
     assert fit(Many(mode="manual"), [batch()]).current_epoch == 2
     assert "NaN" in failure(Many(mode="manual"), [batch(1)]).message
+
+
+# Where to read a number would wait for the device.
+
+
+@pytest.fixture
+def device_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the CPU treated as a device that is waited for."""
+    monkeypatch.setattr(nan_monitor, "waits_for", lambda device: True)
+
+
+LATER = pytest.mark.usefixtures("device_waits")
+
+
+def numbered(*bad: int, count: int = 60) -> list[Batch]:
+    """Return batches of two samples, of which those in the `bad` ones, from 1, are NaN."""
+    return [
+        (
+            batch(*([0, 1] if number in bad else []), size=2),
+            {"idx": torch.tensor([10 * number, 10 * number + 1])},
+        )
+        for number in range(1, count + 1)
+    ]
+
+
+class Shallow(Model):
+    """One that many steps leave finite."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+TOLD = "the training loss is NaN in step 37, epoch 1 (samples 370, 371): "
+GONE = "so the weights are no longer those of before it"
+
+
+@LATER
+@pytest.mark.parametrize(
+    ("kwargs", "step"),
+    [
+        ({}, 49),
+        ({"precision": "bf16-mixed"}, 49),
+        ({"precision": "bf16-true"}, 49),
+        ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, 49),
+        ({"log_every_n_steps": 40}, 39),
+        ({"log_every_n_steps": 1000}, 49),
+        ({"log_every_n_steps": 0}, 49),
+        ({"max_steps": 37}, 37),
+        ({"limit_train_batches": 38}, 38),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_step_is_named_later(kwargs: dict[str, Any], step: int) -> None:
+    """With its samples, and after which step it was noticed: one that is logged, or the last."""
+    error = failure(Shallow(), numbered(37, 39, 45), **kwargs)
+    assert error.message == f"{TOLD}noticed after step {step}, {GONE}"
+    assert error.hint is not None and "--debug" in error.hint
+
+
+@LATER
+@pytest.mark.parametrize("mode", ["manual", "plain"])
+def test_a_module_that_optimises_by_itself_is_looked_at_later(mode: str) -> None:
+    """Whether its backward pass is Lightning's or its own."""
+    model = Shallow(mode=mode)
+    assert failure(model, numbered(37)).message.startswith(f"{TOLD}noticed after step ")
+    assert fit(Shallow(mode=mode), numbered()).global_step == 120
+
+
+@LATER
+@pytest.mark.parametrize("kwargs", [{"log_every_n_steps": 1}, {"detect_anomaly": True}])
+def test_what_is_looked_at_at_once_is_told_in_full(kwargs: dict[str, Any]) -> None:
+    """The step that is logged, and any under `detect_anomaly`: the weights are not touched."""
+    model = Model()
+    error = failure(model, numbered(1), **kwargs)
+    assert error.message.endswith("not finite in the batch: x (4 values, in samples 10, 11)")
+    assert model.net.weight.tolist() == [[1.0, 1.0]]
+
+
+@LATER
+def test_within_an_accumulation_it_may_be_in_time() -> None:
+    """The batch is gone, the weights are still those of before its step."""
+    model, every = Shallow(), {"accumulate_grad_batches": 4, "log_every_n_steps": 1}
+    error = failure(model, numbered(38), **every)
+    assert error.message == (
+        "the training loss is NaN in step 10, epoch 1 (samples 380, 381): noticed before that "
+        "step was made, so the weights are those of before it"
+    )
+    assert model.net.weight.isfinite().all()
+    told = failure(Shallow(), numbered(38), accumulate_grad_batches=4).message
+    assert "in step 10, epoch 1 (samples 380, 381): noticed after step 12, " in told
+
+
+@LATER
+@pytest.mark.parametrize("how", ["full", "weights_only", "state_dict"])
+def test_nobody_takes_the_weights_after_a_nan(tmp_path: Path, how: str) -> None:
+    """Neither a checkpoint of any kind, nor what a callback writes by itself."""
+
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step in (36, 37):
+                path = tmp_path / f"{trainer.global_step}.ckpt"
+                if how == "state_dict":
+                    torch.save(module.state_dict(), path)
+                else:
+                    trainer.save_checkpoint(path, weights_only=how == "weights_only")
+
+    model = Shallow()
+    error = failure(model, numbered(37), callbacks=[NanMonitor(), Saving()])
+    assert error.message == f"{TOLD}noticed after step 37, {GONE}"
+    assert [path.name for path in tmp_path.iterdir()] == ["36.ckpt"]
+    model.state_dict()
+    assert not model._state_dict_pre_hooks
+
+
+@LATER
+def test_losses_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the trainer logs, at the ends of epochs, and after 50 at most."""
+    looked: list[int] = []
+    first_bad = Losses.first_bad
+
+    def noted(self: Losses) -> Any:
+        looked.extend([len(self)] * (len(self) > 0))
+        return first_bad(self)
+
+    monkeypatch.setattr(Losses, "first_bad", noted)
+    fit(Shallow(), numbered(count=70), log_every_n_steps=30)
+    assert looked == [30, 30, 10, 20, 30, 20]
+    looked.clear()
+    fit(Shallow(), numbered(count=70), log_every_n_steps=1000, max_epochs=1)
+    assert looked == [50, 20]
+
+
+class Validated(Shallow):
+    """It returns the loss of a validation, or logs it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = self(batch[0]).mean()
+        if self.how == "infinite":
+            loss = loss + math.inf
+        if self.how != "returned":
+            self.log("loss/own", loss)
+        return loss if self.how == "returned" else None
+
+
+@LATER
+@pytest.mark.parametrize("how", ["returned", "logged"])
+def test_a_validation_is_looked_at_at_its_end(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all of its batches; the samples of the first are named."""
+    looked: list[int] = []
+    first_bad = Losses.first_bad
+    monkeypatch.setattr(
+        Losses, "first_bad", lambda self: (looked.append(len(self)), first_bad(self))[1]
+    )
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[NanMonitor()])
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.validate(Validated(how), DataLoader(numbered(3, count=9), batch_size=None))
+    assert caught.value.message == (
+        "the validation loss is NaN before the first step: in a batch (samples 30, 31); "
+        "the parameters are finite"
+    )
+    assert [count for count in looked if count] == [9]
+
+
+@LATER
+def test_an_infinite_sum_of_a_validation_ends_nothing() -> None:
+    """As on a CPU."""
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[NanMonitor()]
+    )
+    trainer.validate(Validated("infinite"), DataLoader(numbered(count=2), batch_size=None))
+
+
+@LATER
+def test_bad_parameters_are_named_after_a_validation() -> None:
+    """They are still those that it was made with."""
+    model = Validated("returned")
+    model.net.weight.data[0, 1] = math.inf
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[NanMonitor()])
+    with pytest.raises(
+        NonFiniteError, match=r"is infinite .*, not finite among the parameters: net"
+    ):
+        trainer.validate(model, DataLoader(numbered(count=2), batch_size=None))
+
+
+@LATER
+def test_another_error_does_not_hide_it(caplog: pytest.LogCaptureFixture) -> None:
+    """An error of somebody else may follow from it: both are told."""
+
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 38:
+                raise ArithmeticError("enough")
+
+    with pytest.raises(ArithmeticError, match="enough"):
+        fit(Shallow(), numbered(37), callbacks=[NanMonitor(), Failing()])
+    assert f"{TOLD}noticed after step 38, {GONE}" in caplog.text
+
+
+@LATER
+def test_losses_of_any_kind_are_kept() -> None:
+    """Many at once, none, and such that are changed in place later."""
+
+    class Odd(Shallow):
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            losses = self(batch[0]).flatten()
+            self.manual_backward(losses, gradient=torch.ones_like(losses))
+            none = torch.empty(0, requires_grad=True)
+            self.manual_backward(none, gradient=torch.empty(0))
+            losses.detach().zero_()
+
+    assert fit(Odd(mode="manual"), numbered()).current_epoch == 2
+    message = failure(Odd(mode="manual"), numbered(37)).message
+    assert "the training loss is NaN in step 1, epoch 1 (samples 370, 371)" in message
+
+
+def test_a_copy_of_a_module_does_not_look() -> None:
+    """What an average of weights is made of has no training of its own."""
+    module = nn.Linear(2, 2)
+    look = Look(lambda: pytest.fail("looked"))
+    module.register_state_dict_pre_hook(look)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        copied.state_dict()
+    with pytest.raises(pytest.fail.Exception):
+        module.state_dict()

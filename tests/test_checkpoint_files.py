@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from conftest import Lab
+from torch_lab import checkpoints
 from torch_lab.checkpoints import (
     AtomicCheckpointIO,
     Source,
@@ -129,6 +130,16 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {other.name, "last.ckpt", "last.json"}
 
 
+def test_a_bare_name_is_a_file_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for any other writer: a callback of the user's may write there."""
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint(content(step), "own.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"own.ckpt", "own.json"}
+
+
 def test_linking_again_leaves_nothing_behind(run: Run) -> None:
     """A move from one name of a file to another does nothing at all, and is no reason to stay."""
     written(run, 1)
@@ -149,6 +160,26 @@ def test_what_a_kill_left_of_another_name_is_settled(run: Run) -> None:
     AtomicCheckpointIO().remove_checkpoint(run.checkpoint("best"))
     assert not list(run.checkpoints_folder.glob("*best*"))
     assert not list(run.checkpoints_folder.glob(".best*"))
+
+
+@pytest.mark.parametrize("leftover", ["", ".last.ckpt.new.tmp", ".best.ckpt.new.tmp"])
+def test_a_run_without_checkpoints_never_looks_as_if_it_had_lost_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch, leftover: str
+) -> None:
+    """Not before the first byte of the first one either, nor if that is written once more."""
+    if leftover:
+        run.checkpoints_folder.mkdir()
+        (run.checkpoints_folder / leftover).write_bytes(b"PK" * 1000)
+    write, seen = checkpoints._write, []
+
+    def looked(*given: Any) -> str:
+        seen.append(resumable(run))
+        return write(*given)
+
+    monkeypatch.setattr(checkpoints, "_write", looked)
+    written(run, 1)
+    assert seen == [None] and step_of(found(run)) == 1
+    assert not list(run.checkpoints_folder.glob(".*"))
 
 
 def test_disks_without_hard_links_hold_copies(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What starting costs, in what does not depend on the machine: modules, files, calls."""
+"""What a start and a step cost, in what does not depend on the machine: modules, files, calls."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from conftest import Lab
+import device
+from conftest import CONFIG, Lab
+from device import OURS, Noting, Waits
+from torch_lab.callbacks import progress
 from warm import Warm
 
 HEAVY = {"torch", "pytorch_lightning", "torchmetrics", "clearml", "numpy", "scipy", "matplotlib"}
@@ -218,3 +226,95 @@ def test_what_scripts_left_open_is_written_at_the_end(
     assert done.stdout.splitlines()[-1] == f"frozen: {freezes}"
     if not freezes:
         assert (lab.root / "notes.txt").read_text() == "kept"
+
+
+# What waits for a device.
+
+WATCHED = """
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+import device
+
+METRICS = {
+    "accuracy": MulticlassAccuracy(2, validate_args=False),
+    "f1": MulticlassF1Score(2, validate_args=False),
+}
+"""
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a terminal that shows every step."""
+    monkeypatch.setattr(progress, "_is_terminal", lambda stream: True)
+    monkeypatch.setattr(progress, "REDRAW_SECONDS", 0)
+
+
+class Plain(pl.LightningModule):
+    """What plain Lightning's users write: the loss and the metrics of each batch are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Linear(4, 2)
+        self.accuracy = MulticlassAccuracy(2, validate_args=False)
+        self.f1 = MulticlassF1Score(2, validate_args=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        y_pred = self.model(x)
+        loss = torch.nn.functional.cross_entropy(y_pred, y)
+        self.log("loss", loss)
+        for metric in (self.accuracy, self.f1):
+            metric(y_pred.detach(), y)
+        self.log_dict({"accuracy": self.accuracy, "f1": self.f1}, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+DUE = [1, 33, 50, 65, 70]
+"""Steps at which metrics are (every 32), the logger (every 50), or the end of the epoch."""
+BETWEEN = [number for number in range(1, 71) if number not in DUE]
+
+
+def of_plain_lightning() -> Waits:
+    """Return who waits in a training with plain Lightning."""
+    x = torch.randn(560, 4)
+    data = DataLoader(TensorDataset(x, (x.sum(dim=1) > 0).long()), batch_size=8)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        strategy=device.strategy(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    with Waits() as waits:
+        trainer.callbacks.append(Noting())  # type: ignore[attr-defined]
+        trainer.fit(Plain(), data)
+    return waits
+
+
+@pytest.mark.filterwarnings("ignore:Total length")  # A number that is made up.
+@pytest.mark.usefixtures("live")
+def test_no_step_waits_for_the_device(lab: Lab) -> None:
+    """A whole run, with metrics, checkpoints and progress: it waits when something is due alone."""
+    main = CONFIG.replace(
+        """hparams["config"].get("lr", 0.1)),""",
+        """hparams["config"].get("lr", 0.1)), metrics=METRICS,""",
+    )
+    main = main.replace('"module": module', '"callbacks": [device.Noting()], "module": module')
+    main = main.replace("loader(32,", "loader(560,").replace("loader(16,", "loader(80,")
+    lab.write("__main__.py", main + WATCHED)
+    init = "{'max_epochs': 1, 'inference_mode': False, 'strategy': device.strategy()}"
+    lab.write("hparams.py", f"import device\n\nhparams = {{'trainer': {{'init': {init}}}}}\n")
+    with Waits() as waits:
+        result = lab.train(lab.path)
+    assert result.code == 0, result.err
+    assert "loss 0.0200\x1b[2K" in result.err.replace("\r", "")  # 1 of 50, at step 50.
+    assert [waits.at("train", number) for number in BETWEEN] == [[]] * len(BETWEEN)
+    assert [waits.at("validate", number) for number in range(2, 10)] == [[]] * 8
+    assert [number for number in range(1, 71) if waits.at("train", number, OURS)] == DUE
+    assert len(waits.at("train", 33, OURS)) == 1
+    # Plain Lightning: torchmetrics asks twice in each step, as it counts classes for each metric.
+    plain = of_plain_lightning()
+    assert {len(plain.at("train", number)) for number in BETWEEN} == {2}

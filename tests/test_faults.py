@@ -7,12 +7,14 @@ import math
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import Lab, Result
 from test_train import scalars
+from torch_lab.callbacks import nan_monitor
 from torch_lab.errors import ExitCode
 from torch_lab.runs import Run
 from warm import Warm
@@ -244,6 +246,53 @@ def test_a_nan_in_what_validation_logs(faulty: Faulty) -> None:
     assert math.isnan(run.metrics["loss/validate"])
     text = (run.folder / "run.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.fixture
+def device_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the CPU treated as a device that is waited for: losses are looked at when due."""
+    monkeypatch.setattr(nan_monitor, "waits_for", lambda device: True)
+
+
+@pytest.mark.usefixtures("device_waits")
+@pytest.mark.parametrize("section", [{}, {"every_n_steps": 1}, {"every_n_steps": 1, "async": True}])
+def test_a_nan_that_is_seen_later_is_in_no_checkpoint(faulty: Faulty, section: Any) -> None:
+    """It is told each time the run goes on, and with --debug in full; mended, the end is exact."""
+    faulty.lab.hparams("hparams", {**EPOCHS, "checkpoint": section})
+    for words in ([], ["--resume"]):
+        result = faulty.train(*words, fault="nan_loss")
+        assert result.code == ExitCode.NON_FINITE, result.err
+        assert "the training loss is NaN in step 7, epoch 2 (samples 1" in result.err
+        noticed = 7 if section else 8
+        assert f"noticed after step {noticed}, so the weights are no longer" in result.err
+        assert faulty.run.sidecar("last")["step"] == (6 if section else 4)  # type: ignore[index]
+        assert faulty.finite("last") and faulty.finite("best")
+    result = faulty.train("--resume", "--debug", fault="nan_loss")
+    assert result.code == ExitCode.NON_FINITE
+    assert "NaN in step 7, epoch 2: the batch (samples 1" in result.err
+    assert faulty.train("--resume").code == 0
+    same_end(faulty, faulty.run)
+
+
+@pytest.mark.usefixtures("device_waits")
+def test_losses_that_wait_at_a_stop_are_looked_at(faulty: Faulty) -> None:
+    """The checkpoint of a signal is good; where they were finite the run goes on exactly."""
+    assert faulty.train(fault="stop").code == ExitCode.TERMINATED
+    assert faulty.run.sidecar("last")["step"] == 6  # type: ignore[index]
+    assert faulty.train("--resume").code == 0
+    same_end(faulty, faulty.run)
+
+
+@pytest.mark.usefixtures("device_waits")
+@pytest.mark.parametrize("fault", ["nan_validation_loss", "nan_validation_log", "nan_validation"])
+def test_a_nan_in_validation_is_seen_at_its_end(faulty: Faulty, fault: str) -> None:
+    """Its checkpoints are those of before, as where each batch is looked at."""
+    result = faulty.train(fault=fault)
+    assert result.code == ExitCode.NON_FINITE, result.err
+    assert "is NaN after step 8, epoch 2: " in result.err
+    assert fault == "nan_validation" or "in a batch (samples 100, 101, 102, " in result.err
+    assert faulty.run.sidecar("last")["step"] == 4  # type: ignore[index]
+    assert faulty.finite("last") and faulty.finite("best")
 
 
 # Disks.

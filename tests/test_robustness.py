@@ -147,6 +147,39 @@ def test_a_nan_on_another_rank_is_told(lab: Lab, warm: Warm, strategy: str) -> N
     assert "NaN" in (lab.run().record.reason or "")
 
 
+@pytest.mark.slow
+def test_a_nan_on_another_rank_is_told_later(lab: Lab, warm: Warm) -> None:
+    """Of a device that is waited for; nobody saves what it has made of the weights of the others.
+
+    Who comes first tells of its own: rank 1 of its step, or rank 0 of what that has left.
+    """
+    bad = " * (float('nan') if (self.global_rank, self.global_step) == (1, 1) else 1)\n\n"
+    later = (
+        "from torch_lab.callbacks import nan_monitor\nnan_monitor.waits_for = lambda device: True"
+    )
+    saving = (
+        "class Saving(pl.Callback):\n"
+        "    def on_train_batch_end(self, trainer, *args):\n"
+        "        if trainer.global_step == 2:\n"
+        "            trainer.save_checkpoint('bad.ckpt', weights_only=True)\n\n\n"
+    )
+    own(
+        lab,
+        (STEP, STEP.replace("\n\n", bad)),
+        ("import torch\n", f"import torch\n{later}\n"),
+        ("def train_config", f"{saving}def train_config"),
+        ('"datamodule": Data()', '"datamodule": Data(), "callbacks": [Saving()]'),
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+    )
+    result = lab.command("train", lab.path, python=warm.python)
+    assert result.code == ExitCode.NON_FINITE, result.err
+    own_loss = "loss is NaN in step 2, epoch 1 (samples 5, 7): noticed after step 2, so the "
+    assert own_loss in result.err or "the weights are not finite after step 2" in result.err
+    assert not lab.run().checkpoint("last").exists() and not (lab.root / "bad.ckpt").exists()
+
+
 SLOW = (
     CONFIG.replace("batch_size=8, **kwargs)", "batch_size=8, num_workers=2, **kwargs)")
     .replace(

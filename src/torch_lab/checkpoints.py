@@ -156,13 +156,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not folder.exists():
             _make_folder(folder, temporary.name)
         elif folder not in self._swept and _is_of_run(target):
-            for leftover in folder.glob(_ANY_TEMPORARY):
+            # Without any file it would be a folder that has lost its checkpoints.
+            temporary.touch()
+            for leftover in {*folder.glob(_ANY_TEMPORARY)} - {temporary}:
                 leftover.unlink()
             for known in folder.glob("[!.]*.ckpt"):
                 _settle(known)
         self._swept.add(folder)
         # It may be a link to a checkpoint that stands: never write into it.
-        temporary.unlink(missing_ok=True)
+        if temporary.exists() and temporary.stat().st_nlink > 1:
+            temporary.unlink()
         _settle(target)
 
     def _is_whole(self, path: Path) -> bool:
@@ -174,7 +177,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _is_of_run(checkpoint: Path) -> bool:
     """Return whether it lies in the folder of a run, where no other process writes."""
-    return (checkpoint.parents[1] / "run.json").is_file()
+    return (checkpoint.absolute().parent.parent / "run.json").is_file()
 
 
 def _make_folder(folder: Path, name: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from torch_lab.errors import ExitCode, Interrupted, TorchLabError, UserError
+from torch_lab.errors import ExitCode, Interrupted, NotWrittenError, TorchLabError, UserError
 from torch_lab.places import make_importable
 
 if TYPE_CHECKING:
@@ -725,8 +725,9 @@ def _failures(debug: bool) -> Iterator[None]:
         if isinstance(error, Interrupted) and follows:
             # The process that launched this one would take another code for a failure.
             raise click.exceptions.Exit(int(ExitCode.DONE)) from error
-        if follows and has_left(parent):
-            # Who launched it was interrupted, and has said so; that it is missed says nothing.
+        if follows and (has_left(parent) or isinstance(error, NotWrittenError)):
+            # Who launched it was interrupted, and has said so; that it is missed says nothing. And
+            # that checkpoints cannot be written all processes are told by it.
             raise click.exceptions.Exit(int(ExitCode.CODE_FAILED)) from error
         click.echo(rendered(error, debug=debug), err=True)
         ours = isinstance(error, (TorchLabError, Interrupted))

@@ -138,8 +138,8 @@ class _WeightedMean(Metric):
 class _Batch:
     """What a batch adds to an epoch."""
 
-    losses: dict[str, Tensor]
-    size: int
+    sums: dict[str, Tensor]
+    """Of each loss, over the samples."""
     y_pred: Any
     y: Any
 
@@ -174,7 +174,8 @@ class EpochValues:
 
     def add(self, losses: Mapping[str, Tensor], size: int, y_pred: Any, y: Any) -> None:
         """Add a batch: its losses, each the mean of `size` samples, its predictions and labels."""
-        own = {name: _kept(value) for name, value in losses.items()}
+        # A tensor of sizes, later, would be copied to the device, and wait for it.
+        sums = {n: value.detach().reshape(()).float() * size for n, value in losses.items()}
         if not self._metrics:
             y_pred = y = None
         elif self._may_wait and isinstance(y_pred, Tensor) and isinstance(y, Tensor):
@@ -190,7 +191,7 @@ class EpochValues:
         else:
             self._metrics.update(_detached(y_pred), y)
             y_pred = y = None
-        self._waiting.append(_Batch(own, size, y_pred, y))
+        self._waiting.append(_Batch(sums, y_pred, y))
         is_first, self.samples = self.samples == 0, self.samples + size
         # What is wrong with the first is told at once.
         if is_first or len(self._waiting) == _MOST_BATCHES:
@@ -199,11 +200,9 @@ class EpochValues:
     def count(self) -> None:
         """Count the batches that wait."""
         waiting, self._waiting, self._elements = self._waiting, [], 0
-        for name in dict.fromkeys(name for batch in waiting for name in batch.losses):
-            those = [batch for batch in waiting if name in batch.losses]
-            values = torch.stack([batch.losses[name].reshape(()).float() for batch in those])
-            sizes = torch.tensor([batch.size for batch in those], device=values.device)
-            self._totals[name] = self._totals.get(name, 0) + (values * sizes).sum()
+        for name in dict.fromkeys(name for batch in waiting for name in batch.sums):
+            sums = [batch.sums[name] for batch in waiting if name in batch.sums]
+            self._totals[name] = self._totals.get(name, 0) + torch.stack(sums).sum()
         for y_pred, y in _alike([batch for batch in waiting if batch.y is not None]):
             self._metrics.update(y_pred, y)
 

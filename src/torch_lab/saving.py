@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_only
 
 from torch_lab.checkpoints import DESCRIPTION, AtomicCheckpointIO
 from torch_lab.errors import NotWrittenError
@@ -311,7 +312,8 @@ class CheckpointWriter(Checkpoint):
         limit = self.section.give_up_after
         if self._failures >= limit:
             raise self._not_written()
-        log.error(
+        # All processes know it, and errors are shown of all.
+        rank_zero_only(log.error)(
             "%s not written: %s; none was since %s (%d of %d before the run stops)",
             *(order.told, failure, self._failing_since, self._failures, limit),
         )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from torch_lab.callbacks.waiting import Kept, Look, Losses, alone, waits_for
 from torch_lab.errors import NonFiniteError, listed
 
 __all__ = ["NanMonitor"]
@@ -29,6 +32,12 @@ MEND_STEPS = (
     "Lower the learning rate, clip the gradients (trainer.init: gradient_clip_val), "
     "or train in a precision of wider range."
 )
+MEND_LATE = (
+    "Losses on this device are looked at when the trainer logs, so that no step waits for it. "
+    "Checkpoints are of before that step: going on from the last one with detect_anomaly "
+    "(--debug) looks at each loss before its backward pass, and names the cause."
+)
+_MOST_WAITING: Final = 50
 
 
 def _unknown(stage: str, loader: int) -> None:
@@ -44,6 +53,13 @@ class NanMonitor(pl.Callback):
     The parameters are then still those of the last good step. The error names the tensors of the
     batch, or else the parameters or predictions, that are not finite, their samples, and how many
     values it is. Steps count from 1.
+
+    To read a number from a GPU takes until it has done all it was given. So losses stay there, and
+    are looked at together: at the steps that the trainer logs, after 50 at most, before anybody
+    takes the weights (for a checkpoint, say), before a validation, and at the end of an epoch and
+    of the training; those of a validation likewise, and at its end. The error then names the first
+    step whose loss was not finite and its samples, but no tensors; the parameters may be those of a
+    later step. Under `detect_anomaly` each loss is looked at before its backward pass, as on a CPU.
 
     A finite loss can have infinite gradients, so a full checkpoint is refused too when trainable
     parameters in it are not finite; named are then the samples of the step that made them so.
@@ -70,23 +86,134 @@ class NanMonitor(pl.Callback):
         self._batch: Any = None
         self._ids_before: Any = None
         self._told = False
+        self._step = 0
+        self._waiting = Losses()
+        self._hook: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning leaves methods of the module in a callback.
         own = {key: vars(self)[key] for key in ("monitor", "_indices", "_told")}
-        return {**own, "_batch": None, "_ids_before": None}
+        unsaved = {"_batch": None, "_ids_before": None, "_step": 0, "_hook": None}
+        return {**own, **unsaved, "_waiting": Losses()}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._waiting = Losses()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._unhook()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
+        if not pl_module.automatic_optimization:  # It makes its step whenever it likes.
+            self._step = trainer.global_step + 1
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        if not _is_finite(loss):
+        if not waits_for(loss.device) and _is_finite(loss):  # Most are, and each step asks.
+            return
+        if self._is_bad(trainer, pl_module, "training", loss, self._batch):
             made_by = self._made_by(trainer.global_step)
             raise self._error(trainer, pl_module, "training", loss, self._batch, made_by=made_by)
+
+    def _is_bad(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        stage: str,
+        loss: Tensor,
+        batch: Any,
+        loader: int = 0,
+        *,
+        is_sum: bool = False,
+    ) -> bool:
+        """Return whether this loss ends the training, as far as that can be known by now.
+
+        Raises:
+            NonFiniteError: It was time to look at those before, and one of them does.
+        """
+        if not waits_for(loss.device) or torch.is_anomaly_enabled():
+            return _is_nan(loss) if is_sum else not _is_finite(loss)
+        if not loss.numel():
+            return False
+        is_training, made = stage == "training", trainer.global_step
+        step_of_training = made + 1 if module.automatic_optimization else self._step
+        kept = Kept(
+            # Lightning adds to a sum by making another one.
+            loss.detach() if is_sum else alone(loss),
+            stage,
+            step_of_training if is_training else made,
+            trainer.current_epoch + 1,
+            self._known_ids("train" if is_training else "validate", loader, batch),
+            may_be_infinite=is_sum,
+        )
+        self._waiting.add(kept)
+        if self._hook is None:
+            look = Look(lambda: self._look_before_saving(trainer, module))
+            self._hook = module.register_state_dict_pre_hook(look)  # type: ignore[no-untyped-call]
+        if len(self._waiting) < _MOST_WAITING and not (is_training and _logs(trainer, module)):
+            return False
+        bad = self._waiting.first_bad()
+        if bad is None or bad is kept:
+            return bad is not None
+        raise _late_error(trainer, module, bad)
+
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Look at all losses that wait.
+
+        Raises:
+            NonFiniteError: One of them is not finite.
+        """
+        if bad := self._waiting.first_bad():
+            raise _late_error(trainer, module, bad)
+
+    def _look_before_saving(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Look at all losses that wait, and at what those of other processes may have left."""
+        self._look(trainer, module)
+        if trainer.world_size > 1:
+            self._check_parameters(trainer, module)
+
+    def _check_parameters(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if bad := _bad_parameters(module):
+            raise NonFiniteError(
+                f"the weights are not finite after step {trainer.global_step}, so no checkpoint "
+                f"is written of them: {_listing(bad)}{self._made_by(trainer.global_step)}",
+                MEND_STEPS,
+            )
+
+    def _known_ids(self, stage: str, loader: int, batch: Any) -> Any:
+        """Return what names the samples of a batch, if it is known; nothing else of it is kept."""
+        ids = _ids(batch)
+        return self._indices(stage, loader) if ids is None else ids
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._unhook()
+        # The device may be what failed, and may wait for that of a process that is gone.
+        if trainer.world_size == 1 and not isinstance(exception, NonFiniteError):
+            with contextlib.suppress(RuntimeError):
+                if bad := self._waiting.first_bad():
+                    log.error("%s", _late_error(trainer, pl_module, bad).message)
 
     def _made_by(self, step: int) -> str:
         """Name the step whose gradients made the weights what they are, and its samples."""
@@ -128,7 +255,9 @@ class NanMonitor(pl.Callback):
         # A module that optimises by itself may run the backward pass without Lightning.
         if not pl_module.automatic_optimization and isinstance(outputs, Mapping):
             loss = outputs.get("loss")
-            if isinstance(loss, Tensor) and not _is_finite(loss):
+            if isinstance(loss, Tensor) and self._is_bad(
+                trainer, pl_module, "training", loss, batch
+            ):
                 raise self._error(trainer, pl_module, "training", loss, batch)
 
     def on_validation_batch_end(
@@ -140,11 +269,17 @@ class NanMonitor(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        where = (batch, dataloader_idx)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.is_floating_point() and not _is_finite(loss):
-            raise self._error(trainer, pl_module, "validation", loss, batch, dataloader_idx)
-        for logged in filter(_is_nan, _logged_losses(trainer)):
-            raise self._error(trainer, pl_module, "validation", logged, batch, dataloader_idx)
+        if (
+            isinstance(loss, Tensor)
+            and loss.is_floating_point()
+            and self._is_bad(trainer, pl_module, "validation", loss, *where)
+        ):
+            raise self._error(trainer, pl_module, "validation", loss, *where)
+        for logged in _logged_losses(trainer):
+            if self._is_bad(trainer, pl_module, "validation", logged, *where, is_sum=True):
+                raise self._error(trainer, pl_module, "validation", logged, *where)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # With several loaders, the number of each is behind the name.
@@ -168,12 +303,8 @@ class NanMonitor(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if bad := _bad_parameters(pl_module):
-            raise NonFiniteError(
-                f"the weights are not finite after step {trainer.global_step}, so no checkpoint "
-                f"is written of them: {_listing(bad)}{self._made_by(trainer.global_step)}",
-                MEND_STEPS,
-            )
+        self._look(trainer, pl_module)
+        self._check_parameters(trainer, pl_module)
 
 
 @dataclass(frozen=True)
@@ -220,6 +351,39 @@ def _when(trainer: pl.Trainer, stage: str) -> str:
     if not trainer.global_step:
         return "before the first step"
     return f"after step {trainer.global_step}, epoch {trainer.current_epoch + 1}"
+
+
+def _logs(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Return whether the trainer logs the step of this batch, when it is over."""
+    accumulates = module.automatic_optimization and trainer.fit_loop._should_accumulate()
+    return not accumulates and trainer._logger_connector.should_update_logs
+
+
+def _late_error(trainer: pl.Trainer, module: pl.LightningModule, bad: Kept) -> NonFiniteError:
+    """Return the error that says all that is known of a loss whose batch is gone."""
+    ids, made = _as_list(bad.ids), trainer.global_step
+    samples = f" ({_samples(ids, range(len(ids)))})" if ids else ""
+    if bad.stage == "validation":
+        when = f"after step {bad.step}, epoch {bad.epoch}" if bad.step else "before the first step"
+        message = f"the validation loss is {_word(bad.loss)} {when}: in a batch{samples}"
+        if found := _bad_parameters(module):
+            return NonFiniteError(
+                f"{message}, not finite among the parameters: {_listing(found)}", MEND_STEPS
+            )
+        return NonFiniteError(f"{message}; the parameters are finite", MEND_LATE)
+    weights = (
+        f"noticed after step {made}, so the weights are no longer those of before it"
+        if made >= bad.step
+        else "noticed before that step was made, so the weights are those of before it"
+    )
+    if trainer.world_size > 1:
+        rank = trainer.global_rank
+        weights += f" (in process {rank}; in another one the first may have been another)"
+    return NonFiniteError(
+        f"the training loss is {_word(bad.loss)} in step {bad.step}, epoch {bad.epoch}{samples}: "
+        f"{weights}",
+        MEND_LATE,
+    )
 
 
 def _results(trainer: pl.Trainer) -> list[Any]:
@@ -331,8 +495,8 @@ def _sample_ids(parts: Iterable[Any], size: int) -> Sequence[Any] | None:
 
 
 def _ids(batch: Any) -> Any:
-    """Return the `idx` in the metadata of a batch: nothing else of it is kept in memory."""
-    md = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
+    """Return the `idx` in a batch or its metadata: nothing else of it is kept in memory."""
+    md = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else batch
     return md.get("idx") if isinstance(md, Mapping) else None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_lab.callbacks.cell import COLUMNS, CellLine
+from torch_lab.callbacks.waiting import waits_for
 
 __all__ = ["BAR_CELLS", "EpochProgress", "bar"]
 
@@ -38,8 +39,9 @@ class EpochProgress(pl.callbacks.ProgressBar):
 
     The live line is drawn on a terminal, and in a notebook above the kept ones; elsewhere there are
     plain lines and no control characters. `loss/train` is the mean over the epoch's steps, of rank
-    zero alone, and costs no synchronisation with the device per step. The other values are what the
-    module logged in the epoch. Only rank zero writes.
+    zero alone, and costs no synchronisation with the device per step: of a loss on a GPU, the live
+    line shows the mean as of the last step that the trainer has logged. The other values are what
+    the module logged in the epoch. Only rank zero writes.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
         self._train_pace = _Pace()
         self._eval_pace = _Pace()
         self._loss = _RunningMean()
+        self._shown_loss: float | None = None
         self._seen: Mapping[str, Tensor] = {}
         self._finished: _Epoch | None = None
 
@@ -112,7 +115,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
         self._loss.add(outputs)
         self._train_pace.done = batch_idx + 1
         if self._line.is_due():
-            loss = self._train_loss(trainer)
+            loss = self._loss_to_show(trainer)
             self._line.draw(
                 [_epoch_name(trainer)],
                 self._train_pace,
@@ -132,6 +135,7 @@ class EpochProgress(pl.callbacks.ProgressBar):
     def _start_epoch(self, trainer: pl.Trainer) -> None:
         self._train_pace = _Pace()
         self._loss = _RunningMean()
+        self._shown_loss = None
         self._seen = dict(trainer.callback_metrics)
 
     def _epoch_so_far(self, trainer: pl.Trainer) -> _Epoch:
@@ -141,6 +145,12 @@ class EpochProgress(pl.callbacks.ProgressBar):
             time.monotonic() - self._train_pace.started,
             self._train_loss(trainer),
         )
+
+    def _loss_to_show(self, trainer: pl.Trainer) -> float | None:
+        """Return the mean of the losses, or of those at the last time that cost no waiting."""
+        if not self._loss.takes_waiting or trainer._logger_connector.should_update_logs:
+            self._shown_loss = self._train_loss(trainer)
+        return self._shown_loss
 
     def _train_loss(self, trainer: pl.Trainer) -> float | None:
         mean = self._loss.value()
@@ -273,6 +283,11 @@ class _RunningMean:
             self._sum = torch.zeros((), device=loss.device)
         self._sum += loss.detach() if loss.ndim == 0 else loss.detach().mean()
         self._count += 1
+
+    @property
+    def takes_waiting(self) -> bool:
+        """Whether to ask for the value waits for the device that it is on."""
+        return self._sum is not None and waits_for(self._sum.device)
 
     def value(self) -> float | None:
         return None if self._sum is None else self._sum.item() / self._count
