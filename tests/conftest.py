@@ -34,7 +34,12 @@ LONG = (
     ),
     *("test_robustness.py", "test_cli.py", "test_faults.py", "test_train.py", "test_verify.py"),
     *("test_queueing.py", "test_workers.py", "test_callbacks_progress.py", "test_notebook.py"),
-    *("test_checkpoint_files.py", "test_remote.py", "test_remote_data.py"),
+    *(
+        "test_background_distributed.py",
+        "test_checkpoint_files.py",
+        "test_remote.py",
+        "test_remote_data.py",
+    ),
 )
 """Whose tests begin first: a long file at the end would leave the other cores idle."""
 CONFIG = '''
