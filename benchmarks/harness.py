@@ -283,7 +283,7 @@ class Trainee:
             f"{self._process.args} ended with {code}:\n{self._errors.read()[-2000:]}"
         )
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End the process, and those that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -307,7 +307,7 @@ def stretches(
         yield {name: trainee.stretch for name, trainee in trainees.items()}
     finally:
         for trainee in trainees.values():
-            trainee.end()
+            trainee.close()
 
 
 def python(script: str, *words: str | int, **settings: str | int) -> list[str]:

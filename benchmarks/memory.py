@@ -6,8 +6,8 @@ A training has 60,000 images of 28 x 28 32-bit numbers, an MLP, batches of 64, i
 made by two workers. Ours logs accuracy and F1 as well, and has all on that is on by default;
 Lightning logs the loss to TensorBoard, and writes its checkpoints. Predictions are those of `infer`
 to CSV, of rows of eight numbers that take no memory themselves. What is measured is the peak of the
-whole tree of processes, sampled 20 times a second: the proportional set size, so that what several
-of them share counts once.
+whole tree of processes, sampled 20 times a second, so that what several of them share counts once;
+and files that they map, as libraries are, in full, whoever else has them.
 """
 
 from __future__ import annotations
@@ -58,17 +58,18 @@ def infer_config(hparams, rows, path):
 def held(process: psutil.Process) -> int:
     """Return the bytes that a process and those below it hold in memory now."""
     try:
-        family = [process, *process.children(recursive=True)]
-        return sum(proportional(each.pid) for each in family)
+        pids = [each.pid for each in [process, *process.children(recursive=True)]]
+        own = sum(_read(pid, "smaps_rollup", "Pss_Anon", "Pss_Shmem") for pid in pids)
+        return own + max(_read(pid, "status", "RssFile") for pid in pids)
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return 0  # One of them has ended meanwhile: the next sample tells.
 
 
-def proportional(pid: int) -> int:
-    """Return the bytes of memory of a process, its part of what it shares with others."""
-    # As `psutil.Process.memory_full_info` has it, which reads a hundred times as much.
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
+def _read(pid: int, file: str, *names: str) -> int:
+    # `psutil.Process.memory_full_info` reads a hundred times as much.
+    lines = Path(f"/proc/{pid}/{file}").read_text(encoding="ascii", errors="replace").splitlines()
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    return 1024 * sum(int(told[name].split()[0]) for name in names if name in told)
 
 
 def peak(command: Sequence[str | Path], folder: Path) -> float:

@@ -191,7 +191,7 @@ def draw(curve: Curve) -> None:
     axes.set_ylim(bottom=0)
     axes.axhline(1, color="gray", linewidth=0.8, linestyle="dotted")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False)
     PLOTS.mkdir(exist_ok=True)
     figure.savefig(PLOTS / _file_name(curve.title), metadata={"Date": None})
     plt.close(figure)

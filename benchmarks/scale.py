@@ -4,121 +4,117 @@
 
 A run of `train` with one linear layer and one image a step, so that what is measured is what is
 around it: the loss logged every 50 steps, epochs of a hundredth of the run with a validation, a
-checkpoint and three metrics. It stands still after each piece of the run, where its memory and its
-metrics are looked at; time is that of the processor, for hours lie between what is compared. The
-last tenth is compared with the second, in as many pieces as there are rounds: the first one warms
-up. In the end TensorBoard opens the run.
+checkpoint and two metrics. When nine tenths of it are over, another one begins, and trains a tenth
+to warm up; then they take turns, so that the last tenth of the old run meets what the second one of
+the young run meets. Time is that of the processor. In the end TensorBoard opens the old run.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from harness import ROUNDS, Figure, Trainee, python, show
+from harness import ROUNDS, Figure, Trainee, in_turn, python, ratios, show, timed
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 
 STEPS = 100_000
-"""Enough for 100 epochs of 1,000 steps, in two minutes; a million are for `make bench-million`."""
+"""Of 100 epochs, in three minutes; a million are for `make bench-million`."""
 MILLION = 1_000_000
 EPOCHS = 100
 TENTHS = 10
 LOG_EVERY = 50
 MOST_GROWTH = 1.05
+RECORD_BYTES = 16
+"""Around each event of an event file: its length, and two checksums."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece of the run."""
-
-    seconds: float
-    """Of a step, of the processor."""
-    bytes: int
-    """Of the metrics folder, at its end."""
-    resident: int
-    """Bytes in memory, at its end."""
+def trainee(steps: int, stretch: int) -> Trainee:
+    """Start a run."""
+    asked = {"net": "linear", "batch_size": 1, "images": steps // EPOCHS, "held_out": 100}
+    return Trainee(python("our_steps.py", **asked, steps=steps), stretch)
 
 
-def trained(trainee: Trainee, pieces: int) -> list[Piece]:
-    """Train piece by piece, and return them."""
-    found: list[Piece] = []
-    trainee.begin()
-    while True:
-        size = sum(path.stat().st_size for path in event_files(trainee.folder))
-        found.append(Piece(trainee.processor, size, trainee.resident))
-        if len(found) % (pieces // TENTHS) == 0:
-            print(f"    {len(found) / pieces:.0%}", end="", flush=True, file=sys.stderr)
-        if len(found) == pieces:
-            print(file=sys.stderr)
-            trainee.finish()
-            return found
-        trainee.stretch()
+def trained(run: Trainee, tenths: int, rounds: int) -> None:
+    """Train the first tenths of a run, each in so many stretches."""
+    run.begin()
+    for number in range(1, tenths * rounds):
+        run.stretch()
+        if number % rounds == 0:
+            print(f"    {number // rounds / TENTHS:.0%}", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
 
 
-def event_files(root: Path) -> list[Path]:
-    """Return the files that hold the metrics of the only run."""
-    return sorted(root.glob("data/artifacts/*/metrics/**/*tfevents*"))
+def compared(old: Trainee, young: Trainee, rounds: int) -> dict[str, list[float]]:
+    """Return the ratios of the old to the young run, which take turns."""
+    resident: dict[str, list[float]] = {"old": [], "young": []}
+
+    def measured(name: str, run: Trainee) -> Callable[[], float]:
+        def stretch() -> float:
+            run.stretch()
+            resident[name].append(run.resident)
+            return run.processor
+
+        return stretch
+
+    took = in_turn({"old": measured("old", old), "young": measured("young", young)}, rounds)
+    print(f"    {median(took['old']) * 1e6:.0f} us of the processor a step, ", end="")
+    print(f"{median(resident['old']) / 2**20:.0f} MiB in memory")
+    return {"a step": ratios(took, "old", "young"), "memory": ratios(resident, "old", "young")}
 
 
-def opened(root: Path) -> dict[str, list[int]]:
-    """Return the steps of all scalars that TensorBoard finds in the only run, by their names."""
-    (folder,) = root.glob("data/artifacts/*/metrics")
-    began, everything = time.perf_counter(), {SCALARS: 0}
-    events = EventAccumulator(str(folder), size_guidance=everything).Reload()
-    steps = {tag: [each.step for each in events.Scalars(tag)] for tag in events.Tags()[SCALARS]}
-    took = time.perf_counter() - began
-    found = ", ".join(f"{len(of_tag):,} of {tag}" for tag, of_tag in steps.items())
+def opened(folder: Path) -> EventAccumulator:
+    """Return what TensorBoard finds among the metrics of a run."""
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
+    took = timed(events.Reload)
+    found = ", ".join(f"{len(events.Scalars(tag)):,} {tag}" for tag in events.Tags()[SCALARS])
     print(f"    TensorBoard opened it in {took:.1f} s: {found}")
-    return steps
+    return events
 
 
-def compared(pieces: Sequence[Piece], scalars: Sequence[int], steps: int) -> list[Figure]:
-    """Return the last tenth of a run against the second."""
-    rounds, tenth = len(pieces) // TENTHS, steps // TENTHS
-    early, late = pieces[rounds : 2 * rounds], pieces[-rounds:]
-    sizes = [
-        (pieces[last].bytes - pieces[last - rounds].bytes)
-        / sum(tenth * number <= step < tenth * (number + 1) for step in scalars)
-        for number, last in ((TENTHS - 1, -1), (1, 2 * rounds - 1))
-    ]
-    pairs = list(zip(late, early, strict=True))
-    name, peer = f"a run of {steps:,} steps, its last tenth", "its second tenth"
-    found = {
-        "a step": [own.seconds / other.seconds for own, other in pairs],
-        "memory": [own.resident / other.resident for own, other in pairs],
-        "bytes of metrics for a scalar": [sizes[0] / sizes[1]],
-    }
-    return [
-        Figure("12", f"{name}: {what}", peer, each, MOST_GROWTH) for what, each in found.items()
-    ]
+def growth(folder: Path, steps: int) -> float:
+    """Return the bytes that a scalar takes in the last tenth, against those in the second."""
+    sizes, scalars = Counter[int](), Counter[int]()
+    for path in folder.glob("**/*tfevents*"):
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            tenth = event.step * TENTHS // steps
+            sizes[tenth] += len(record) + RECORD_BYTES
+            scalars[tenth] += len(event.summary.value)
+    print(f"    {sizes.total() / 1e6:.2f} MB of metrics, {scalars.total():,} scalars")
+    last, second = (sizes[tenth] / scalars[tenth] for tenth in (TENTHS - 1, 1))
+    return last / second
 
 
 def figures(rounds: int = ROUNDS, steps: int = STEPS) -> list[Figure]:
-    """Measure; other than those of the other benchmarks, the peer is the run's own beginning."""
-    stretch = steps // (TENTHS * rounds)
+    """Measure."""
+    stretch = math.ceil(steps / (TENTHS * rounds))
     steps = stretch * TENTHS * rounds
-    asked = {"net": "linear", "batch_size": 1, "images": steps // EPOCHS, "held_out": 100}
-    trainee = Trainee(python("our_steps.py", **asked, steps=steps), stretch)
-    try:
-        pieces = trained(trainee, TENTHS * rounds)
-        found = opened(trainee.folder)
-    finally:
-        trainee.end()
-    scalars = [step for of_tag in found.values() for step in of_tag]
-    middle, last = median(piece.seconds for piece in pieces), pieces[-1]
-    print(f"    {len(scalars):,} scalars, {last.bytes / 1e6:.2f} MB of metrics, ", end="")
-    print(
-        f"{last.resident / 2**20:.0f} MiB in memory, {middle * 1e6:.0f} us of the processor a step"
-    )
-    share = len(found["loss/train_step"]) / (steps // LOG_EVERY)
-    name = f"a run of {steps:,} steps: what TensorBoard finds"
-    whole = Figure("12", name, "what was logged", [share], at_least=1)
-    return [*compared(pieces, scalars, steps), whole]
+    with closing(trainee(steps, stretch)) as old:
+        trained(old, TENTHS - 1, rounds)
+        with closing(trainee(steps, stretch)) as young:
+            trained(young, 1, rounds)
+            found = compared(old, young, rounds)
+        old.finish()
+        (folder,) = old.folder.glob("data/artifacts/*/metrics")
+        logged = len(opened(folder).Scalars("loss/train_step"))
+        found["bytes of metrics for a scalar"] = [growth(folder, steps)]
+    name, peer = f"a run of {steps:,} steps", "its second tenth"
+    share = [logged / (steps // LOG_EVERY)]
+    return [
+        *(
+            Figure("12", f"{name}, its last tenth: {what}", peer, each, MOST_GROWTH)
+            for what, each in found.items()
+        ),
+        Figure("12", f"{name}: what TensorBoard finds", "what was logged", share, at_least=1),
+    ]
 
 
 if __name__ == "__main__":

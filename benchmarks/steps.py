@@ -44,6 +44,8 @@ SCALARS = (1, 8, 64)
 FEW = 6_000
 """Images where their number does not matter, as ten trainings have them at once."""
 CURVE_ROUNDS = 7
+LEAST_STEPS = 94
+"""Of a stretch: an epoch of so few images."""
 
 
 def conv(size: int) -> dict[str, list[str]]:
@@ -101,18 +103,20 @@ def curves(rounds: int) -> list[Curve]:
 
 
 def _of_images(rounds: int) -> Curve:
-    """Compare epochs, as much of what they cost is at their ends."""
-    lines: dict[str, dict[int, list[float]]] = {"accuracy and F1": {}, "the same with AUROC": {}}
+    """Compare whole epochs, as much of what they cost is at their ends."""
+    ours = {
+        "torch-lab, accuracy and F1": "Accuracy,F1Score",
+        "torch-lab, the same with AUROC": "Accuracy,F1Score,AUROC",
+    }
+    lines: dict[str, dict[int, list[float]]] = {name: {} for name in ours}
     for images in IMAGES:
         commands = {
-            "accuracy and F1": python("our_steps.py", images=images),
-            "the same with AUROC": python(
-                "our_steps.py", images=images, metrics="Accuracy,F1Score,AUROC"
-            ),
-            "Lightning": python("lightning_steps.py", images=images),
+            name: python("our_steps.py", images=images, metrics=names)
+            for name, names in ours.items()
         }
+        commands["Lightning"] = python("lightning_steps.py", images=images)
         epoch = math.ceil(images / 64)
-        with stretches(commands, steps=epoch * math.ceil(94 / epoch)) as measures:
+        with stretches(commands, steps=epoch * math.ceil(LEAST_STEPS / epoch)) as measures:
             found = in_turn(measures, rounds)
         for name, line in lines.items():
             line[images] = ratios(found, name, "Lightning")
@@ -127,7 +131,7 @@ def _of(what: str, settings: Mapping[int, Mapping[str, str | int]], rounds: int)
         for name, script in scripts.items()
         for number, asked in settings.items()
     }
-    with stretches(commands, steps=94) as measures:
+    with stretches(commands, steps=LEAST_STEPS) as measures:
         found = in_turn(measures, rounds)
     fewest = min(settings)
     peer = f"plain Lightning, {fewest}"
@@ -136,7 +140,7 @@ def _of(what: str, settings: Mapping[int, Mapping[str, str | int]], rounds: int)
         for name in scripts
     }
     against = f"plain Lightning with {fewest or 'none'}"
-    return Curve(f"A step, with {what}", what, against, lines)
+    return Curve(f"A step, with {what} that are logged", what, against, lines)
 
 
 def _figure(

@@ -80,7 +80,7 @@ def test_the_page_keeps_its_part_on_a_million_steps(
     import scale
 
     million = harness.Figure("12", "a million steps", "the beginning", [1.0], at_most=1.05)
-    monkeypatch.setattr(scale, "figures", lambda rounds, steps: [million])
+    monkeypatch.setattr(scale, "figures", lambda *_: [million])
     figure = harness.Figure("4", "a step", "a raw loop", [1.7, 1.9], at_most=1.8)
     found = report.Report([report.Measured(harness, [figure])])
 
