@@ -12,7 +12,7 @@ SOURCES := src tests docs/conf.py $(wildcard benchmarks)
 test sweep coverage: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test sweep check lint types layers dead-code dependencies docs format coverage bench bench-peers constraints clean
+.PHONY: help env demo test sweep check lint types layers dead-code dependencies docs format coverage bench bench-million constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s%s\n", $$1, $$2 }'
@@ -42,11 +42,17 @@ coverage: env ## Run the same tests, and demand 95 % of the lines and branches o
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: env ## Measure all costs, each against a peer, and write docs/performance.md (ARGS=--short prints a few)
+bench: $(VENV)/.peers ## Measure all costs, each against a peer, and write docs/performance.md (ARGS=--short prints a few)
 	$(BIN)/python benchmarks/report.py $(ARGS)
 
-bench-peers: env ## Install what the benchmarks compare with, as far as it is not here yet
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+bench-million: env ## Train a million steps, and write that part of docs/performance.md
+	$(BIN)/python benchmarks/report.py --million $(ARGS)
+
+# What the benchmarks compare with, and nothing else needs.
+$(VENV)/.peers: $(VENV)/.complete
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]' \
+		|| { echo "error: what make bench compares with (the extra \"bench\" of pyproject.toml) cannot be installed" >&2; exit 1; }
+	@touch $@
 
 check: lint types layers dead-code dependencies docs ## All that can be checked without a test
 

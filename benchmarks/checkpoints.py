@@ -11,15 +11,13 @@ copies of the same tensors, into memory that is kept for them as ours is, and in
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROUNDS, Figure, in_turn, ratios, show
+from harness import ROUNDS, Figure, asked_rounds, in_turn, ratios, show, timed
 
 from torch_lab.checkpoints import AtomicCheckpointIO
 from torch_lab.files import sync
@@ -39,13 +37,6 @@ def checkpoint() -> dict[str, Any]:
         for number in range(layers)
     }
     return {"state_dict": weights, "optimizer_states": [{"state": moments}], "global_step": 1}
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Return how many seconds a call takes."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 def plainly(content: dict[str, Any], path: Path) -> None:
@@ -108,6 +99,4 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rounds", nargs="?", type=int, default=ROUNDS)
-    show(figures(parser.parse_args().rounds))
+    show(figures(asked_rounds(__doc__)))

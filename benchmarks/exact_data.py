@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from harness import asked_rounds
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -127,4 +127,4 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 31)
+    main(asked_rounds(__doc__, 31))

@@ -7,8 +7,10 @@ after another, and the ratio is that of a round.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -20,15 +22,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Figure", "Trainee", "in_turn", "python", "ratios", "show", "stretches", "wall"]
+__all__ = [
+    "Curve",
+    "Figure",
+    "Trainee",
+    "asked_rounds",
+    "in_turn",
+    "python",
+    "ratios",
+    "show",
+    "stretches",
+    "timed",
+    "toy_project",
+    "wall",
+]
 
-PEERS = Path(__file__).parent / "peers"
+HERE = Path(__file__).parent
+PEERS = HERE / "peers"
 ROUNDS = 11
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(PEERS), os.environ.get("PYTHONPATH")])),
-}
+_MODULES = [str(PEERS), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_MODULES)}
 """One thread for each process, and the modules that the peers share."""
 # What is installed is compiled once, and so shall be what is measured.
 ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -54,6 +67,14 @@ class Figure:
         return statistics.median(self.ratios)
 
     @property
+    def quartiles(self) -> tuple[float, float]:
+        """Between what the middle half of the ratios is."""
+        if len(self.ratios) == 1:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.ratios, n=4)
+        return low, high
+
+    @property
     def is_reached(self) -> bool | None:
         """Whether the median is what it should be; None where nothing is asked for."""
         if self.at_most is not None:
@@ -69,9 +90,8 @@ class Figure:
 
     def row(self) -> tuple[str, ...]:
         """Return what a table says of it."""
-        low, _, high = statistics.quantiles(self.ratios, n=4)
         told = {True: "reached", False: "not reached", None: ""}[self.is_reached]
-        spread = f"{self._told(low)} to {self._told(high)}"
+        spread = " to ".join(map(self._told, self.quartiles))
         middle = f"{self._told(self.median)} {self.unit}".rstrip()
         return (self.number, self.name, self.peer, middle, spread, self.goal, told)
 
@@ -80,6 +100,32 @@ class Figure:
 
 
 TITLES = ("goal", "what", "against", "ratio", "quartiles", "asked for", "")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A plot of a cost against something that grows."""
+
+    title: str
+    grows: str
+    """What grows."""
+    against: str
+    """What the cost is a ratio to."""
+    lines: Mapping[str, Mapping[int, Sequence[float]]]
+    """By name: the ratios of all rounds at each place."""
+
+
+def asked_rounds(documentation: str | None, default: int = ROUNDS) -> int:
+    """Return how many rounds the command line asks for.
+
+    Args:
+        documentation: Of the script.
+        default: How many they are if it does not say.
+    """
+    parser = argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
+    parser.add_argument("rounds", nargs="?", type=int, default=default)
+    rounds: int = parser.parse_args().rounds
+    return rounds
 
 
 def in_turn(
@@ -91,6 +137,8 @@ def in_turn(
         order = list(measures) if number % 2 == 0 else list(reversed(measures))
         for name in order:
             found[name].append(measures[name]())
+        print(".", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
     return found
 
 
@@ -105,7 +153,32 @@ def show(figures: Sequence[Figure]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = zip(row, widths, strict=True)
-        print("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in cells).rstrip(), flush=True)
+
+
+def toy_project(root: Path, config: str, hparams: Mapping[str, Any], name: str = "hparams") -> Path:
+    """Write a project with one experiment, and return its hparams script.
+
+    Args:
+        root: Its folder; what is there already is written again.
+        config: The config script.
+        hparams: What its hparams script holds.
+        name: That of the hparams script.
+    """
+    folder = root / "toys" / "experiments" / "00_toy"
+    folder.mkdir(parents=True, exist_ok=True)
+    (root / "pyproject.toml").touch()
+    (folder / "__main__.py").write_text(config, encoding="utf-8")
+    script = folder / f"{name}.py"
+    script.write_text(f"hparams = {hparams!r}\n", encoding="utf-8")
+    return script
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Return how many seconds a call takes."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
 
 
 def wall(command: Sequence[str | Path], code: int = 0, **options: Any) -> float:
@@ -146,9 +219,12 @@ class Trainee:
 
     def __init__(self, command: Sequence[str | Path], steps: int) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._folder = tempfile.TemporaryDirectory(prefix="trainee-")
+        self.folder = Path(self._folder.name)
         self._process = subprocess.Popen(
             [str(word) for word in command],
-            env={**ENVIRONMENT, "STRETCH_STEPS": str(steps)},
+            cwd=self.folder,
+            env={**ENVIRONMENT, "STRETCH_STEPS": str(steps), "FOLDER": str(self.folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -156,35 +232,64 @@ class Trainee:
             start_new_session=True,
         )
         self._steps = steps
-        try:
-            self._took()  # The first stretch warms up.
-        except BaseException:
-            self.end()
-            raise
+        self.processor = 0.0
+        """The processor's seconds of a step, in the stretch before."""
+
+    @property
+    def resident(self) -> int:
+        """How many bytes of it are in memory, with those of libraries that others share."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * resource.getpagesize()
+
+    def begin(self) -> None:
+        """Wait until the first stretch is over, which warms it up."""
+        self._took()
 
     def stretch(self) -> float:
         """Train a stretch, and return the seconds of a step."""
+        self._go_on()
+        return self._took() / self._steps
+
+    def finish(self) -> None:
+        """Let it end, when it has trained all that it was asked for.
+
+        Raises:
+            RuntimeError: It did not end well.
+        """
+        self._go_on()
+        assert self._process.stdout is not None
+        self._process.stdout.read()
+        if self._process.wait():
+            raise self._failed()
+
+    def _go_on(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self._took() / self._steps
 
     def _took(self) -> float:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("stretch: "):
-                return float(line.split()[1])
+                took, processor = map(float, line.split()[1:])
+                self.processor = processor / self._steps
+                return took
+        raise self._failed()
+
+    def _failed(self) -> RuntimeError:
         code = self._process.wait()
         self._errors.seek(0)
-        raise RuntimeError(
+        return RuntimeError(
             f"{self._process.args} ended with {code}:\n{self._errors.read()[-2000:]}"
         )
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End the process, and those that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
+        self._errors.close()
+        self._folder.cleanup()
 
 
 @contextlib.contextmanager
@@ -196,12 +301,16 @@ def stretches(
     try:
         for name, command in commands.items():
             trainees[name] = Trainee(command, steps)
+        # They start side by side, on as many cores as there are.
+        for trainee in trainees.values():
+            trainee.begin()
         yield {name: trainee.stretch for name, trainee in trainees.items()}
     finally:
         for trainee in trainees.values():
-            trainee.end()
+            trainee.close()
 
 
-def python(script: str, *words: str | int) -> list[str]:
-    """Return the command of a peer's script."""
-    return [sys.executable, str(PEERS / script), *map(str, words)]
+def python(script: str, *words: str | int, **settings: str | int) -> list[str]:
+    """Return the command of a peer's script, with its words and its settings."""
+    told = (f"{name}={value}" for name, value in settings.items())
+    return [sys.executable, str(PEERS / script), *map(str, words), *told]

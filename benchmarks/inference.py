@@ -10,28 +10,40 @@ without a goal, whole processes.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytorch_lightning as pl
 import torch
-from harness import PEERS, ROUNDS, Figure, in_turn, python, ratios, show, wall
+from harness import (
+    PEERS,
+    ROUNDS,
+    Figure,
+    asked_rounds,
+    in_turn,
+    python,
+    ratios,
+    show,
+    timed,
+    toy_project,
+    wall,
+)
 
 sys.path.insert(0, str(PEERS))
 
 from inference_data import SAMPLES, images, network
+from inference_raw import predict
 
 from torch_lab import runner
 from torch_lab.experiment import Experiment
 
 GOALS = {64: 2.0, 2_048: 1.4}
+WHOLE_ROUNDS = 7
 CONFIG = """
 from inference_data import images, network
 from torch.utils.data import DataLoader
@@ -50,53 +62,26 @@ def infer_config(hparams, size, path):
 """
 
 
-def raw(model: torch.nn.Module, x: torch.Tensor, size: int, path: Path) -> float:
-    """Predict as a plain loop does, and return the seconds that it took."""
-    began = time.perf_counter()
-    model.eval()
-    with path.open("w", encoding="utf-8", newline="") as file, torch.inference_mode():
-        file.write(",".join(["idx", *(f"out_{place}" for place in range(10))]) + "\n")
-        for start in range(0, len(x), size):
-            rows = model(x[start : start + size]).numpy().astype(str).tolist()
-            lines = (f"{idx},{','.join(row)}\n" for idx, row in enumerate(rows, start))
-            file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    return time.perf_counter() - began
-
-
 class Inference:
     """An experiment that predicts, in this process."""
 
     def __init__(self, root: Path) -> None:
-        folder = root / "toys" / "experiments" / "00_toy"
-        folder.mkdir(parents=True)
-        (root / "pyproject.toml").touch()
-        (folder / "__main__.py").write_text(CONFIG, encoding="utf-8")
-        self.script = folder / "hparams.py"
-        self.script.write_text("hparams = {}\n", encoding="utf-8")
+        self.script = toy_project(root, CONFIG, {})
 
     def seconds(self, size: int, path: Path) -> float:
         """Return how long the trainer predicts."""
-        predict, took = pl.Trainer.predict, []
+        own, took = pl.Trainer.predict, []
 
-        def timed(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return predict(*arguments, **options)
-            finally:
-                took.append(time.perf_counter() - began)
+        def measured(*arguments: Any, **options: Any) -> None:
+            took.append(timed(lambda: own(*arguments, **options)))
 
-        pl.Trainer.predict = timed  # type: ignore[method-assign]
-        try:
-            with (
-                contextlib.redirect_stderr(io.StringIO()),
-                contextlib.redirect_stdout(io.StringIO()),
-            ):
-                experiment = Experiment.load(self.script)
-                runner.infer(experiment, str(size), str(path), tracking="offline")
-        finally:
-            pl.Trainer.predict = predict  # type: ignore[method-assign]
+        with (
+            mock.patch.object(pl.Trainer, "predict", measured),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            experiment = Experiment.load(self.script)
+            runner.infer(experiment, str(size), str(path), tracking="offline")
         return took[0]
 
 
@@ -106,7 +91,7 @@ def of_size(root: Path, inference: Inference, size: int, rounds: int) -> list[Fi
     model, x = network(), torch.from_numpy(images())
     predicted = {
         "infer": lambda: inference.seconds(size, own),
-        "raw": lambda: raw(model, x, size, other),
+        "raw": lambda: timed(lambda: predict(model, x, size, other)),
     }
     in_turn(predicted, 2)  # What is imported and allocated once.
     if own.read_bytes() != other.read_bytes():
@@ -114,10 +99,10 @@ def of_size(root: Path, inference: Inference, size: int, rounds: int) -> list[Fi
     found = in_turn(predicted, rounds)
     infer = [sys.executable, "-m", "torch_lab", "infer", inference.script, str(size), own]
     processes = {
-        "infer": lambda: wall([*infer], cwd=root),
+        "infer": lambda: wall(infer, cwd=root),
         "raw": lambda: wall(python("inference_raw.py", size, str(other)), cwd=root),
     }
-    whole = in_turn(processes, max(3, rounds // 3))
+    whole = in_turn(processes, min(rounds, WHOLE_ROUNDS))
     name = f"{SAMPLES:,} images to CSV, batch {size:,}"
     return [
         Figure("10", name, "raw loop", ratios(found, "infer", "raw"), at_most=GOALS[size]),
@@ -135,6 +120,4 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rounds", nargs="?", type=int, default=ROUNDS)
-    show(figures(parser.parse_args().rounds))
+    show(figures(asked_rounds(__doc__)))

@@ -5,13 +5,11 @@ python benchmarks/processes.py [ROUNDS]
 
 from __future__ import annotations
 
-import sys
-
-from harness import ROUNDS, Figure, in_turn, python, ratios, show, stretches
+from harness import ROUNDS, Figure, asked_rounds, in_turn, python, ratios, show, stretches
 
 TRAININGS = {
-    "Lightning": python("lightning_steps.py", "mlp", 64, "memory", "ddp"),
-    "ours": python("our_steps.py", "mlp", 64, "arrays", "ddp"),
+    "Lightning": python("lightning_steps.py", processes=2),
+    "ours": python("our_steps.py", processes=2),
 }
 
 
@@ -24,4 +22,4 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    show(figures(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS))
+    show(figures(asked_rounds(__doc__)))

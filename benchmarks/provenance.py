@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+
+from harness import asked_rounds
 
 from torch_lab import provenance, scripts
 from torch_lab.afresh import imported_afresh
@@ -86,9 +87,8 @@ def seconds(script: Path) -> float:
         return time.process_time() - start
 
 
-def main() -> None:
+def main(rounds: int) -> None:
     """Print the table."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 25
     print(f"{'':34}{'plain':>10}{'recorded':>10}{'more':>10}   ms")
     for name, files in PROJECTS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(asked_rounds(__doc__, 25))

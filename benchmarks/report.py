@@ -1,12 +1,13 @@
 """All benchmarks: their figures and plots, as `docs/performance.md` shows them.
 
-    python benchmarks/report.py           # an hour; writes the page and its plots
-    python benchmarks/report.py --short   # a minute; prints, and writes nothing
+    python benchmarks/report.py            # half an hour; writes the page and its plots
+    python benchmarks/report.py --million  # as long; writes the page's part on a million steps
+    python benchmarks/report.py --short    # a minute; prints, and writes nothing
 
 A benchmark is a module beside this one with `figures(rounds)`, which returns `harness.Figure`s. It
-may have `curves(rounds)`, plots as `(title, label of x, {name: [(x, ratio), …]})`; `REASONS`, why a
-goal of such a number is not reached; and `short_figures()`, what is shown beside every change.
-`--only NAME` runs those that are named, and prints.
+may have `curves(rounds)`, plots as `harness.Curve`s; `REASONS`, why a goal of such a number is not
+reached; and `short_figures()`, what is shown beside every change. `--only NAME` runs those that are
+named, and prints.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from harness import ROUNDS, TITLES, Figure, show
+from harness import ROUNDS, TITLES, Curve, Figure, show
 
 NAMES = ("start", "steps", "processes", "memory", "inference", "checkpoints", "scale", "sync")
 SHOWN = ("start", "steps")
@@ -34,6 +35,8 @@ SHOWN = ("start", "steps")
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 PLOTS = DOCS / "performance"
+MILLION = "## A run of a million steps\n"
+"""The head of the page's last part, which stays when the others are written."""
 INTRODUCTION = """\
 # Performance
 
@@ -51,8 +54,7 @@ class Measured:
 
     module: ModuleType
     figures: Sequence[Figure]
-    curves: Sequence[tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]] = ()
-    seconds: float = 0.0
+    curves: Sequence[Curve] = ()
 
     @property
     def title(self) -> str:
@@ -83,14 +85,16 @@ class Report:
         print(f"\n==> {name}", flush=True)
         began = time.perf_counter()
         try:
-            found = _measured(importlib.import_module(name), rounds)
+            self.measured.append(_measured(importlib.import_module(name), rounds))
         except Exception:
             traceback.print_exc()
             self.failed.append(name)
-            return
-        found.seconds = time.perf_counter() - began
-        print(f"    {found.seconds:.0f} s", flush=True)
-        self.measured.append(found)
+        print(f"    {time.perf_counter() - began:.0f} s", flush=True)
+
+    def goals(self) -> list[Figure]:
+        """Return the figures that have a goal, in the order of the goals."""
+        found = [figure for each in self.measured for figure in each.figures]
+        return sorted((each for each in found if each.number), key=lambda each: int(each.number))
 
 
 def _measured(module: ModuleType, rounds: int | None) -> Measured:
@@ -110,7 +114,7 @@ def _measured(module: ModuleType, rounds: int | None) -> Measured:
 
 def page(report: Report, command: str) -> str:
     """Return the page as Markdown."""
-    parts = [INTRODUCTION, _circumstances(command), _reached(report.measured)]
+    parts = [INTRODUCTION, _circumstances(command), _reached(report.goals())]
     for measured in report.measured:
         parts.append(f"## {measured.title}\n")
         parts.append(_table(measured.figures))
@@ -121,7 +125,8 @@ def page(report: Report, command: str) -> str:
             if number in missed
         ]
         parts += [
-            f"![{title}](performance/{_file_name(title)})\n" for title, _, _ in measured.curves
+            f"![{curve.title}](performance/{_file_name(curve.title)})\n"
+            for curve in measured.curves
         ]
     return "\n".join(parts)
 
@@ -135,27 +140,19 @@ def _circumstances(command: str) -> str:
     machine = f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
     load = " ".join(f"{each:.1f}" for each in os.getloadavg())
     return (
-        f"`{command}` wrote this page on {today}: {machine}, {versions}. The load of the machine\n"
+        f"`{command}` wrote this on {today}: {machine}, {versions}. The load of the machine\n"
         f"was {load} at the end.\n"
     )
 
 
-def _reached(measured: Sequence[Measured]) -> str:
-    found = [figure for each in measured for figure in each.figures]
-    goals: dict[str, bool] = {}
-    for figure in found:
-        if figure.is_reached is not None:
-            goals[figure.number] = goals.get(figure.number, True) and figure.is_reached
+def _reached(figures: Sequence[Figure]) -> str:
+    missed = [figure.number for figure in figures if figure.is_reached is False]
     told = {
-        kind: ", ".join(sorted((n for n in goals if goals[n] is kind), key=_order)) or "none"
-        for kind in (True, False)
+        kind: ", ".join(dict.fromkeys(each.number for each in figures if kind(each.number)))
+        for kind in (lambda number: number not in missed, missed.__contains__)
     }
-    return f"Goals that are reached: {told[True]}. Goals that are not: {told[False]}.\n"
-
-
-def _order(number: str) -> tuple[int, str]:
-    digits = "".join(character for character in number if character.isdigit())
-    return (int(digits or 0), number)
+    reached, others = (each or "none" for each in told.values())
+    return f"Goals that are reached: {reached}. Goals that are not: {others}.\n"
 
 
 def _table(figures: Sequence[Figure]) -> str:
@@ -168,23 +165,35 @@ def _file_name(title: str) -> str:
     return "-".join(plain.split()) + ".svg"
 
 
-def draw(title: str, label: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draw a plot to the folder of the page, the same file for the same points."""
+def draw(curve: Curve) -> None:
+    """Draw a plot to the folder of the page: the medians, and the quartiles around them."""
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = title
+    # The same file for the same points, with its words as words.
+    mpl.rcParams.update({"svg.hashsalt": curve.title, "svg.fonttype": "none"})
+    mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(title=title, xlabel=label, ylabel="ratio")
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, line in curve.lines.items():
+        points = [Figure("", name, curve.against, found) for found in line.values()]
+        (drawn,) = axes.plot([*line], [each.median for each in points], marker="o", label=name)
+        low, high = zip(*(each.quartiles for each in points), strict=True)
+        axes.fill_between([*line], low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    places = sorted({place for line in curve.lines.values() for place in line})
+    if places[0]:
+        axes.set_xscale("log")
+    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.minorticks_off()
+    axes.set_title(curve.title, loc="left")
+    axes.set(xlabel=curve.grows, ylabel=f"ratio to {curve.against}")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.axhline(1, color="gray", linewidth=0.8, linestyle="dotted")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
     PLOTS.mkdir(exist_ok=True)
-    figure.savefig(PLOTS / _file_name(title), metadata={"Date": None})
+    figure.savefig(PLOTS / _file_name(curve.title), metadata={"Date": None})
     plt.close(figure)
 
 
@@ -192,8 +201,23 @@ def write(report: Report, command: str) -> None:
     """Write the page and its plots."""
     for measured in report.measured:
         for curve in measured.curves:
-            draw(*curve)
-    PAGE.write_text(page(report, command), encoding="utf-8")
+            draw(curve)
+    _, head, million = PAGE.read_text(encoding="utf-8").partition(MILLION)
+    _write("\n".join(filter(None, [page(report, command), head + million])))
+
+
+def write_million(rounds: int, command: str) -> None:
+    """Train a million steps, and write the page's part on them."""
+    import scale
+
+    found = scale.figures(rounds, scale.MILLION)
+    show(found)
+    others, _, _ = PAGE.read_text(encoding="utf-8").partition(MILLION)
+    _write("\n".join([others + MILLION, _circumstances(command), _table(found)]))
+
+
+def _write(text: str) -> None:
+    PAGE.write_text(text, encoding="utf-8")
     print(f"\nwrote {PAGE}")
 
 
@@ -201,6 +225,7 @@ def parsed(words: Sequence[str] | None = None) -> Any:
     """Return what the command line says."""
     parser = argparse.ArgumentParser(description="Run the benchmarks.")
     parser.add_argument("--short", action="store_true", help="a few; write nothing")
+    parser.add_argument("--million", action="store_true", help="a run of a million steps alone")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", action="append", choices=NAMES, help="this one; write nothing")
     parser.add_argument(
@@ -212,12 +237,19 @@ def parsed(words: Sequence[str] | None = None) -> Any:
 def main() -> int:
     """Run the benchmarks that there are, and return how many failed."""
     options, report = parsed(), Report()
+    command = " ".join(["python benchmarks/report.py", *sys.argv[1:]])
+    if options.million:
+        write_million(options.rounds, command)
+        return 0
     for name in options.only or (SHOWN if options.short else NAMES):
         report.add(name, None if options.short else options.rounds)
+    print("\n==> goals")
+    show(report.goals())
+    print(f"\n{_reached(report.goals())}")
     if report.failed:
-        print(f"\nfailed: {', '.join(report.failed)}")
+        print(f"failed: {', '.join(report.failed)}")
     elif options.page or not (options.short or options.only):
-        write(report, " ".join(["python benchmarks/report.py", *sys.argv[1:]]))
+        write(report, command)
     return len(report.failed)
 
 

@@ -1,187 +1,125 @@
 """Whether a very long run stays as it began: its metrics on disk, its memory, the time of a step.
 
-    python benchmarks/scale.py [ROUNDS]
+    python benchmarks/scale.py [ROUNDS] [--steps=1000000]
 
-A training of 2,000 steps for each round, every one of which is logged, its loss and fifty values
-more: in 11 rounds more than a million scalars. The model is a single weight, so that what is
-measured is what is around it. The process tells of each hundredth of the run what it took of the
-processor, and what it holds; the metrics folder is looked at as well, and is read with
-TensorBoard's own reader in the end. The last tenth is compared with the second: the first one warms
-up.
+A run of `train` with one linear layer and one image a step, so that what is measured is what is
+around it: the loss logged every 50 steps, epochs of a hundredth of the run with a validation, a
+checkpoint and two metrics. When nine tenths of it are over, another one begins, and trains a tenth
+to warm up; then they take turns, so that the last tenth of the old run meets what the second one of
+the young run meets. Time is that of the processor. In the end TensorBoard opens the old run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
+import math
 import sys
-import tempfile
-import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from statistics import median
 
-from harness import ENVIRONMENT, ROUNDS, Figure, show
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from harness import ROUNDS, Figure, Trainee, in_turn, python, ratios, show, timed
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 
-STEPS_OF_ROUND = 2_000
-VALUES = 50
+STEPS = 100_000
+"""Of 100 epochs, in three minutes; a million are for `make bench-million`."""
+MILLION = 1_000_000
+EPOCHS = 100
 TENTHS = 10
-PIECES = 10
-"""Of each tenth, so that a ratio has a spread."""
+LOG_EVERY = 50
 MOST_GROWTH = 1.05
-CONFIG = '''
-import functools
-import json
-import sys
-import time
-from pathlib import Path
-
-import pytorch_lightning as pl
-import torch
-from torch.utils.data import DataLoader
-
-from torch_lab.datasets import ArrayDataset
-from torch_lab.modules import TrainLabModule
+RECORD_BYTES = 16
+"""Around each event of an event file: its length, and two checksums."""
 
 
-class Meter(pl.Callback):
-    """Tells how long each piece of the run took, how large its metrics are, and what it holds."""
-
-    def __init__(self, hparams):
-        self.pieces = hparams["config"]["pieces"]
-
-    def on_train_start(self, trainer, module):
-        self.every = trainer.max_steps // self.pieces
-        self.began = time.process_time()
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step % self.every:
-            return
-        took = time.process_time() - self.began
-        folder = Path(trainer.default_root_dir) / "metrics"
-        told = {
-            "seconds": took / self.every,
-            "bytes": sum(path.stat().st_size for path in folder.glob("*tfevents*")),
-            "held": held(),
-        }
-        print("piece:", json.dumps(told), flush=True, file=sys.__stdout__)
-        self.began = time.process_time()
+def trainee(steps: int, stretch: int) -> Trainee:
+    """Start a run."""
+    asked = {"net": "linear", "batch_size": 1, "images": steps // EPOCHS, "held_out": 100}
+    return Trainee(python("our_steps.py", **asked, steps=steps), stretch)
 
 
-def held():
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
+def trained(run: Trainee, tenths: int, rounds: int) -> None:
+    """Train the first tenths of a run, each in so many stretches."""
+    run.begin()
+    for number in range(1, tenths * rounds):
+        run.stretch()
+        if number % rounds == 0:
+            print(f"    {number // rounds / TENTHS:.0%}", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
 
 
-class Net(TrainLabModule):
-    def on_train_batch_end(self, *arguments):
-        values = {f"own_{number}/train_step": 1 / number for number in range(1, VALUES + 1)}
-        self.logger.log_metrics(values, self.global_step - 1)
+def compared(old: Trainee, young: Trainee, rounds: int) -> dict[str, list[float]]:
+    """Return the ratios of the old to the young run, which take turns."""
+    resident: dict[str, list[float]] = {"old": [], "young": []}
+
+    def measured(name: str, run: Trainee) -> Callable[[], float]:
+        def stretch() -> float:
+            run.stretch()
+            resident[name].append(run.resident)
+            return run.processor
+
+        return stretch
+
+    took = in_turn({"old": measured("old", old), "young": measured("young", young)}, rounds)
+    print(f"    {median(took['old']) * 1e6:.0f} us of the processor a step, ", end="")
+    print(f"{median(resident['old']) / 2**20:.0f} MiB in memory")
+    return {"a step": ratios(took, "old", "young"), "memory": ratios(resident, "old", "young")}
 
 
-def train_config(hparams):
-    global VALUES
-    VALUES = hparams["config"]["values"]
-    module = Net(
-        torch.nn.Linear(1, 1, bias=False),
-        torch.nn.MSELoss(),
-        functools.partial(torch.optim.SGD, lr=1e-3),
-    )
-    x = torch.ones(hparams["config"]["samples"], 1)
-    loader = DataLoader(ArrayDataset(x, x * 2), batch_size=1)
-    return {"module": module, "train_dataloaders": loader, "callbacks": [Meter(hparams)]}
-'''
+def opened(folder: Path) -> EventAccumulator:
+    """Return what TensorBoard finds among the metrics of a run."""
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
+    took = timed(events.Reload)
+    found = ", ".join(f"{len(events.Scalars(tag)):,} {tag}" for tag in events.Tags()[SCALARS])
+    print(f"    TensorBoard opened it in {took:.1f} s: {found}")
+    return events
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A hundredth of the run."""
-
-    seconds: float
-    """Of a step."""
-    bytes: int
-    """Of the metrics folder, at its end."""
-    held: int
-    """Bytes in memory, at its end."""
-
-
-def script(root: Path, steps: int) -> Path:
-    """Write an hparams script of a run with epochs of a twentieth, and return its path."""
-    folder = root / "toys" / "experiments" / "00_toy"
-    folder.mkdir(parents=True)
-    (root / "pyproject.toml").touch()
-    (folder / "__main__.py").write_text(CONFIG, encoding="utf-8")
-    init = {
-        "max_steps": steps,
-        "log_every_n_steps": 1,
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-    }
-    config = {
-        "samples": steps // 20,
-        "pieces": TENTHS * PIECES,
-        "values": VALUES,
-        "monitor": "loss/train",
-    }
-    path = folder / "hparams.py"
-    path.write_text(f"hparams = { ({'trainer': {'init': init}, 'config': config})!r}\n")
-    return path
+def growth(folder: Path, steps: int) -> float:
+    """Return the bytes that a scalar takes in the last tenth, against those in the second."""
+    sizes, scalars = Counter[int](), Counter[int]()
+    for path in folder.glob("**/*tfevents*"):
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            tenth = event.step * TENTHS // steps
+            sizes[tenth] += len(record) + RECORD_BYTES
+            scalars[tenth] += len(event.summary.value)
+    print(f"    {sizes.total() / 1e6:.2f} MB of metrics, {scalars.total():,} scalars")
+    last, second = (sizes[tenth] / scalars[tenth] for tenth in (TENTHS - 1, 1))
+    return last / second
 
 
-def trained(path: Path, root: Path) -> list[Piece]:
-    """Train, and return what the process told."""
-    command = [sys.executable, "-m", "torch_lab", "train", str(path), "--offline"]
-    done = subprocess.run(
-        command,
-        cwd=root,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        check=True,
-    )
-    lines = (line.partition("piece: ")[2] for line in done.stdout.splitlines())
-    return [Piece(**json.loads(line)) for line in lines if line]
-
-
-def read(root: Path) -> tuple[int, float]:
-    """Return how many scalars of steps TensorBoard reads in the metrics folder, in how long."""
-    began, count = time.perf_counter(), 0
-    for path in sorted(root.glob("data/artifacts/*/metrics/*tfevents*")):
-        for event in EventFileLoader(str(path)).Load():
-            count += sum(value.tag.endswith("/train_step") for value in event.summary.value)
-    return count, time.perf_counter() - began
-
-
-def figures(rounds: int = ROUNDS) -> list[Figure]:
-    """Measure; other than those of the other benchmarks, the peer is the run's own beginning."""
-    steps = rounds * STEPS_OF_ROUND
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        pieces = trained(script(root, steps), root)
-        count, seconds = read(root)
-    if count != (1 + VALUES) * steps:
-        raise RuntimeError(f"TensorBoard has read {count:,} scalars of {(1 + VALUES) * steps:,}")
-    print(f"{count:,} scalars of {steps:,} steps, read by TensorBoard in {seconds:.1f} s;")
-    print(f"{pieces[-1].bytes / steps:.1f} bytes of metrics a step,", end=" ")
-    print(f"{statistics.median(p.seconds for p in pieces) * 1e6:.0f} us of the processor a step")
-    early, late = pieces[PIECES : 2 * PIECES], pieces[-PIECES:]
-    before = [pieces[PIECES - 1].bytes, pieces[-PIECES - 1].bytes]
-    grown = [part[-1].bytes - size for part, size in zip((early, late), before, strict=True)]
-    pairs = list(zip(late, early, strict=True))
-    name, peer = f"a run of {steps:,} steps, its last tenth", "its second tenth"
+def figures(rounds: int = ROUNDS, steps: int = STEPS) -> list[Figure]:
+    """Measure."""
+    stretch = math.ceil(steps / (TENTHS * rounds))
+    steps = stretch * TENTHS * rounds
+    with closing(trainee(steps, stretch)) as old:
+        trained(old, TENTHS - 1, rounds)
+        with closing(trainee(steps, stretch)) as young:
+            trained(young, 1, rounds)
+            found = compared(old, young, rounds)
+        old.finish()
+        (folder,) = old.folder.glob("data/artifacts/*/metrics")
+        logged = len(opened(folder).Scalars("loss/train_step"))
+        found["bytes of metrics for a scalar"] = [growth(folder, steps)]
+    name, peer = f"a run of {steps:,} steps", "its second tenth"
+    share = [logged / (steps // LOG_EVERY)]
     return [
-        Figure(
-            "12", f"{name}: a step", peer, [a.seconds / b.seconds for a, b in pairs], MOST_GROWTH
+        *(
+            Figure("12", f"{name}, its last tenth: {what}", peer, each, MOST_GROWTH)
+            for what, each in found.items()
         ),
-        Figure("12", f"{name}: memory", peer, [a.held / b.held for a, b in pairs], MOST_GROWTH),
-        Figure("12", f"{name}: bytes of metrics", peer, [grown[1] / grown[0]] * 2, MOST_GROWTH),
+        Figure("12", f"{name}: what TensorBoard finds", "what was logged", share, at_least=1),
     ]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rounds", nargs="?", type=int, default=ROUNDS)
-    show(figures(parser.parse_args().rounds))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    show(figures(options.rounds, options.steps))

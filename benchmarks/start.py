@@ -20,10 +20,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from harness import ENVIRONMENT, PEERS, ROUNDS, Figure, in_turn, python, ratios, show, wall
+from harness import (
+    ENVIRONMENT,
+    PEERS,
+    ROUNDS,
+    Curve,
+    Figure,
+    asked_rounds,
+    in_turn,
+    python,
+    ratios,
+    show,
+    wall,
+)
 
 __all__ = ["curves", "figures", "short_figures"]
 
@@ -35,7 +47,9 @@ MOST_SLOWER = 13.6
 """0.15 s for a command where `python -c pass` takes 0.011 s."""
 FEW, MANY = 20, 2_000
 SHORT = 3
-"""In so few rounds the peers without a goal are left out."""
+"""Rounds of the short form."""
+NEEDED = {"hydra": "hydra-core", "jsonargparse": "jsonargparse"}
+"""Modules of peers, and the packages that they are in."""
 
 
 class Project:
@@ -151,38 +165,36 @@ class Beginning:
         return took
 
 
-def peers(folder: Path, rounds: int) -> dict[str, list[str]]:
-    """Return the commands that do the same work, without those whose packages are missing."""
-    found = {PLAIN: python("start_lightning.py")}
-    if rounds > SHORT:
-        found["raw PyTorch"] = python("start_raw.py")
-        limits = {"max_epochs": 1, "limit_train_batches": 1, "default_root_dir": folder}
-        words = [f"--trainer.{name}={value}" for name, value in limits.items()]
-        found["LightningCLI"] = python("start_lightning_cli.py", "fit", *words)
-        found["a Hydra application"] = python("start_hydra.py")
-    needed = {"LightningCLI": "jsonargparse", "a Hydra application": "hydra"}
-    missing = [name for name in found if name in needed and not _has(needed[name])]
-    for name in missing:
-        print(f"left out: {name}, as {needed[name]} is not installed (make bench-peers)")
-        del found[name]
-    return found
+def peers(folder: Path) -> dict[str, list[str]]:
+    """Return the commands that do the same work as plain Lightning.
+
+    Raises:
+        SystemExit: A package of theirs is missing.
+    """
+    missing = [package for name, package in NEEDED.items() if not importlib.util.find_spec(name)]
+    if missing:
+        sys.exit(f"error: peers need {' and '.join(missing)}: pip install -e '.[bench]'")
+    limits = {"max_epochs": 1, "limit_train_batches": 1, "default_root_dir": folder}
+    words = [f"--trainer.{name}={value}" for name, value in limits.items()]
+    return {
+        "raw PyTorch": python("start_raw.py"),
+        "LightningCLI": python("start_lightning_cli.py", "fit", *words),
+        "a Hydra application": python("start_hydra.py"),
+    }
 
 
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def beginnings(rounds: int) -> list[Figure]:
+def beginnings(rounds: int, *, is_short: bool = False) -> list[Figure]:
     """Return what trainings of one batch take, against plain Lightning.
 
-    Before the first round nothing is compiled, and the disk not read; so that one is left out,
-    unless there are but a few.
+    Before the first round nothing is compiled, and the disk not read: that one is left out. In the
+    short form it is not, and the peers without a goal are.
     """
-    extra = int(rounds > SHORT)
+    extra = int(not is_short)
     with tempfile.TemporaryDirectory() as folder:
         project = Project(Path(folder) / "project")
         measures = {OURS: Beginning(TRAIN, project.root)}
-        for name, command in peers(Path(folder), rounds).items():
+        others = {} if is_short else peers(Path(folder))
+        for name, command in {PLAIN: python("start_lightning.py"), **others}.items():
             own = Path(folder) / name.replace(" ", "-")
             own.mkdir()
             measures[name] = Beginning(command, own)
@@ -237,10 +249,10 @@ def growth(rounds: int) -> list[Figure]:
     return [Figure("3", name, f"the same with {FEW} runs", grown, at_most=20, unit="ms")]
 
 
-def curves(rounds: int) -> list[tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]]:
+def curves(rounds: int) -> list[Curve]:
     """Return the cost of starting against the number of runs that are there, as lines of a plot."""
     numbers = (0, 200, 1_000, MANY)
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, dict[int, list[float]]] = {}
     with projects(*numbers) as each, forked(each[0]) as seconds:
         words = completing(f"train {SCRIPT} --resume ")
         for name, measured in {
@@ -250,10 +262,9 @@ def curves(rounds: int) -> list[tuple[str, str, Mapping[str, Sequence[tuple[floa
             "one Tab, of a run": [where.answer([BIN / "train"], **words) for where in each],
         }.items():
             found = in_turn(dict(zip(map(str, numbers), measured, strict=True)), rounds)
-            lines[name] = [
-                (number, sorted(ratios(found, str(number), "0"))[rounds // 2]) for number in numbers
-            ]
-    return [("Starting, with runs in the artifacts folder", "runs", lines)]
+            lines[name] = {number: ratios(found, str(number), "0") for number in numbers}
+    title = "Starting, with runs in the artifacts folder"
+    return [Curve(title, "runs", "the same with none", lines)]
 
 
 def figures(rounds: int = ROUNDS) -> list[Figure]:
@@ -263,13 +274,8 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
 
 def short_figures() -> list[Figure]:
     """Return what is shown beside every change; that starting does not grow, the tests say."""
-    return [*answers(SHORT), *beginnings(SHORT - 1)]
-
-
-def main() -> None:
-    """Measure, and print a table."""
-    show(figures(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS))
+    return [*answers(SHORT), *beginnings(SHORT - 1, is_short=True)]
 
 
 if __name__ == "__main__":
-    main()
+    show(figures(asked_rounds(__doc__)))

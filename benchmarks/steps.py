@@ -4,31 +4,57 @@
 
 Each training is a process; they run in turn, a stretch of steps at a time, so that whatever else
 the machine does meets all of them. The perceptron has batches of 64 of 60,000 images of 28 x 28.
+The plots show how a step grows with what there is: images, metrics, scalars.
 """
 
 from __future__ import annotations
 
-import sys
+import math
+from collections.abc import Mapping
 
-from harness import ROUNDS, Figure, in_turn, python, ratios, show, stretches
+from harness import (
+    ROUNDS,
+    Curve,
+    Figure,
+    asked_rounds,
+    in_turn,
+    python,
+    ratios,
+    show,
+    stretches,
+)
 
 MLP = {
-    "raw loop": python("raw_steps.py", "mlp", 64),
-    "Lightning": python("lightning_steps.py", "mlp", 64, "memory"),
-    "Lightning by samples": python("lightning_steps.py", "mlp", 64, "samples"),
+    "raw loop": python("raw_steps.py"),
+    "Lightning": python("lightning_steps.py"),
+    "Lightning by samples": python("lightning_steps.py", data="samples"),
     "original design": python("original_steps.py"),
-    "arrays": python("our_steps.py", "mlp", 64, "arrays"),
-    "arrays and AUROC": python("our_steps.py", "mlp", 64, "arrays", "auroc"),
-    "samples": python("our_steps.py", "mlp", 64, "samples"),
+    "arrays": python("our_steps.py"),
+    "arrays and AUROC": python("our_steps.py", metrics="Accuracy,F1Score,AUROC"),
+    "arrays and fused AdamW": python("our_steps.py", keys="fused"),
+    "samples": python("our_steps.py", data="samples"),
 }
+IMAGES = (1_000, 6_000, 60_000)
+METRICS = (
+    *("Accuracy", "F1Score", "Precision", "Recall"),
+    *("Specificity", "CohenKappa", "JaccardIndex", "MatthewsCorrCoef"),
+)
+NUMBERS = (0, 1, 2, 4, 8)
+"""Of metrics."""
+SCALARS = (1, 8, 64)
+FEW = 6_000
+"""Images where their number does not matter, as ten trainings have them at once."""
+CURVE_ROUNDS = 7
+LEAST_STEPS = 94
+"""Of a stretch: an epoch of so few images."""
 
 
 def conv(size: int) -> dict[str, list[str]]:
     """Return the trainings of the convolutional network."""
     return {
-        "raw loop": python("raw_steps.py", "conv", size),
-        "Lightning": python("lightning_steps.py", "conv", size, "memory"),
-        "arrays": python("our_steps.py", "conv", size, "arrays"),
+        "raw loop": python("raw_steps.py", net="conv", batch_size=size),
+        "Lightning": python("lightning_steps.py", net="conv", batch_size=size),
+        "arrays": python("our_steps.py", net="conv", batch_size=size),
     }
 
 
@@ -41,6 +67,7 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
         _figure("4", "arrays, accuracy and F1", mlp, "arrays", "raw loop", at_most=1.8),
         _figure("4", "steps a second", mlp, "original design", "arrays", at_least=2.2),
         _figure("5", "the same with AUROC", mlp, "arrays and AUROC", "arrays", at_most=1.1),
+        _figure("", "the same with fused AdamW", mlp, "arrays and fused AdamW", "arrays"),
         _figure("6", "samples one by one", mlp, "samples", "Lightning by samples", at_most=1.15),
         _figure("", "Lightning itself", mlp, "Lightning", "raw loop"),
     ]
@@ -49,7 +76,7 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
             of_size = in_turn(measures, rounds)
         name = f"conv net, batches of {size:,}"
         found.append(_figure("7", name, of_size, "arrays", "raw loop", at_most=most))
-        found.append(_figure("", name, of_size, "Lightning", "raw loop"))
+        found.append(_figure("", f"{name}, Lightning itself", of_size, "Lightning", "raw loop"))
     return found
 
 
@@ -59,6 +86,63 @@ def short_figures() -> list[Figure]:
     with stretches(commands, steps=100) as measures:
         mlp = in_turn(measures, 5)
     return [_figure("4", "arrays, accuracy and F1", mlp, "arrays", "Lightning", at_most=1.0)]
+
+
+# The plots.
+
+
+def curves(rounds: int) -> list[Curve]:
+    """Return what a step costs against what grows, as lines of plots."""
+    rounds = min(rounds, CURVE_ROUNDS)
+    of_metrics = {number: ",".join(METRICS[:number]) for number in NUMBERS}
+    return [
+        _of_images(rounds),
+        _of(
+            "metrics", {number: {"metrics": names} for number, names in of_metrics.items()}, rounds
+        ),
+        _of("scalars", {number: {"scalars": number, "metrics": ""} for number in SCALARS}, rounds),
+    ]
+
+
+def _of_images(rounds: int) -> Curve:
+    """Compare whole epochs, as much of what they cost is at their ends."""
+    ours = {
+        "torch-lab, accuracy and F1": "Accuracy,F1Score",
+        "torch-lab, the same with AUROC": "Accuracy,F1Score,AUROC",
+    }
+    lines: dict[str, dict[int, list[float]]] = {name: {} for name in ours}
+    for images in IMAGES:
+        commands = {
+            name: python("our_steps.py", images=images, metrics=names)
+            for name, names in ours.items()
+        }
+        commands["Lightning"] = python("lightning_steps.py", images=images)
+        epoch = math.ceil(images / 64)
+        with stretches(commands, steps=epoch * math.ceil(LEAST_STEPS / epoch)) as measures:
+            found = in_turn(measures, rounds)
+        for name, line in lines.items():
+            line[images] = ratios(found, name, "Lightning")
+    return Curve("A step, with images in the dataset", "images", "plain Lightning", lines)
+
+
+def _of(what: str, settings: Mapping[int, Mapping[str, str | int]], rounds: int) -> Curve:
+    """Compare ours and Lightning's of so many, all with Lightning's of the fewest."""
+    scripts = {"torch-lab": "our_steps.py", "plain Lightning": "lightning_steps.py"}
+    commands = {
+        f"{name}, {number}": python(script, images=FEW, **asked)
+        for name, script in scripts.items()
+        for number, asked in settings.items()
+    }
+    with stretches(commands, steps=LEAST_STEPS) as measures:
+        found = in_turn(measures, rounds)
+    fewest = min(settings)
+    peer = f"plain Lightning, {fewest}"
+    lines = {
+        name: {number: ratios(found, f"{name}, {number}", peer) for number in settings}
+        for name in scripts
+    }
+    against = f"plain Lightning with {fewest or 'none'}"
+    return Curve(f"A step, with {what} that are logged", what, against, lines)
 
 
 def _figure(
@@ -74,4 +158,4 @@ def _figure(
 
 
 if __name__ == "__main__":
-    show(figures(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS))
+    show(figures(asked_rounds(__doc__)))

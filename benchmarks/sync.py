@@ -9,7 +9,6 @@ in memory and posts them, as many at once; and ten seconds.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import operator
 import subprocess
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import ROUNDS, Figure, in_turn, ratios, show
+from harness import ROUNDS, Figure, asked_rounds, in_turn, ratios, show
 
 from torch_lab.event_files import EventWriter
 from torch_lab.runs import Run
@@ -121,6 +120,4 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rounds", nargs="?", type=int, default=ROUNDS)
-    show(figures(parser.parse_args().rounds))
+    show(figures(asked_rounds(__doc__)))

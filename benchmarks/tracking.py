@@ -1,6 +1,6 @@
 """What tracking costs: steps while a mirror sends what they log, and while it does not.
 
-    python benchmarks/tracking.py [PAIRS]
+    python benchmarks/tracking.py [ROUNDS]
 
 One training, with a scalar logged every step, and the tests' server in another process. The mirror
 is held back in every other stretch of two seconds, and has to send twice as much in the one after
@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from harness import asked_rounds, toy_project
 
 TESTS = Path(__file__).parents[1] / "tests"
 CONFIG = '''
@@ -72,18 +74,12 @@ def train_config(hparams):
 
 def script(root: Path, name: str, *, stretches: bool, **limits: object) -> Path:
     """Write an hparams script, and return its path."""
-    folder = root / "toys" / "experiments" / "00_toy"
-    folder.mkdir(parents=True, exist_ok=True)
-    (root / "pyproject.toml").touch()
-    (folder / "__main__.py").write_text(CONFIG, encoding="utf-8")
     init = {"log_every_n_steps": 1, "enable_progress_bar": False, **limits}
     hparams = {
         "trainer": {"init": init},
         "config": {"monitor": "loss/train", "stretches": stretches},
     }
-    path = folder / f"{name}.py"
-    path.write_text(f"hparams = {hparams!r}\n", encoding="utf-8")
-    return path
+    return toy_project(root, CONFIG, hparams, name)
 
 
 def trained(path: Path, environment: dict[str, str], *words: str) -> tuple[str, float]:
@@ -133,4 +129,4 @@ def main(pairs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 11)
+    main(asked_rounds(__doc__, 11))

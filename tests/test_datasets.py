@@ -239,6 +239,14 @@ def test_memory_maps_are_read_from_disk(tmp_path: Path) -> None:
     assert x.tolist() == X[[4, 2]].tolist()
 
 
+def test_of_arrays_in_several_pieces_the_batch_alone_is_copied() -> None:
+    """Such as columns, every other row, or one row many times: here there is no room for all."""
+    many = np.broadcast_to(np.float32([3, 4]), (10**12, 2))
+    assert ArrayDataset(many)[[7, 5]][0].tolist() == [[3, 4], [3, 4]]
+    for array in (X[::2], X[:, ::-1], np.asfortranarray(X)):
+        assert ArrayDataset(array)[[1, 0]][0].tolist() == array[[1, 0]].tolist()
+
+
 def test_what_runs_backwards_or_is_read_only_is_collated_too() -> None:
     """Flips and broadcasts need no copy in the user's transform."""
     flipped, _ = ArrayDataset(X, transform=np.fliplr)[[1]]

@@ -1,35 +1,57 @@
 """Steps of plain Lightning, which logs the loss with TensorBoard and writes checkpoints.
 
-python lightning_steps.py mlp|conv BATCH_SIZE memory|samples [ddp]
+Its settings, with their defaults, are those of `ASKED`. Batches are in memory, or made of samples
+one by one, or of tensors by torch's own dataset.
 """
 
 from __future__ import annotations
 
-import sys
-import tempfile
+import os
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from gate import Gate
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader, Dataset
-from toys import arrays, flipped_one, network
+from settings import settings
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import MetricCollection
+from toys import Loss, arrays, flipped_one, metrics, network
 
 
 class Module(pl.LightningModule):
-    """A network with a loss, as Lightning's documentation has them."""
+    """A network with a loss, as Lightning's documentation has them.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        kind: Of `toys.network`.
+        names: Of its metrics.
+        scalars: How many of them are logged.
+    """
+
+    def __init__(self, kind: str, names: str = "", scalars: int = 1) -> None:
         super().__init__()
         self.net = network(kind)
-        self.loss_function = torch.nn.CrossEntropyLoss()
+        self.loss_function = torch.nn.CrossEntropyLoss() if scalars == 1 else Loss(scalars)
+        # Of those that share their sums, a collection updates one.
+        self.metrics = MetricCollection(metrics(names)) if names else None
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
-        loss: torch.Tensor = self.loss_function(self.net(x), y)
-        self.log("loss", loss)
+        y_pred = self.net(x)
+        loss: Any = self.loss_function(y_pred, y)
+        if isinstance(loss, dict):
+            self.log_dict(loss)
+            loss = loss["part_0"]
+        else:
+            self.log("loss", loss)
+        if self.metrics is not None:
+            self.metrics.update(y_pred, y)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        if self.metrics is not None:
+            self.log_dict(self.metrics.compute())
+            self.metrics.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -38,8 +60,8 @@ class Module(pl.LightningModule):
 class Batches:
     """Batches that are in memory."""
 
-    def __init__(self, size: int) -> None:
-        x, y = map(torch.from_numpy, arrays())
+    def __init__(self, count: int, size: int) -> None:
+        x, y = map(torch.from_numpy, arrays(count))
         self.batches = list(zip(x.split(size), y.split(size), strict=True))
 
     def __len__(self) -> int:
@@ -52,8 +74,8 @@ class Batches:
 class Samples(Dataset[Any]):
     """Images that are turned around, or not, one by one."""
 
-    def __init__(self) -> None:
-        self.x, self.y = arrays()
+    def __init__(self, count: int = 60_000) -> None:
+        self.x, self.y = arrays(count)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -62,11 +84,11 @@ class Samples(Dataset[Any]):
         return torch.from_numpy(flipped_one(self.x[index])), int(self.y[index])
 
 
-def train(module: pl.LightningModule, loader: Any, **several: Any) -> None:
-    """Train until nobody asks for more."""
-    folder = tempfile.mkdtemp()
+def train(module: pl.LightningModule, loader: Any, **limits: Any) -> None:
+    """Train so many steps, or until nobody asks for more."""
+    folder = os.environ["FOLDER"]
     trainer = pl.Trainer(
-        **several,
+        **limits,
         max_epochs=-1,
         accelerator="cpu",
         callbacks=[Gate()],
@@ -77,11 +99,36 @@ def train(module: pl.LightningModule, loader: Any, **several: Any) -> None:
     trainer.fit(module, loader)
 
 
-def main(kind: str, size: int, data: str, *, ddp: bool) -> None:
+def loader(data: str, count: int, size: int, workers: int) -> Any:
+    """Return what gives the batches."""
+    if data == "memory":
+        return Batches(count, size)
+    tensors = map(torch.from_numpy, arrays(count))
+    samples = TensorDataset(*tensors) if data == "tensors" else Samples(count)
+    return DataLoader(samples, size, shuffle=True, num_workers=workers)
+
+
+def main() -> None:
     """Train what the command line asks for."""
-    loader = Batches(size) if data == "memory" else DataLoader(Samples(), size, shuffle=True)
-    train(Module(kind), loader, **({"strategy": "ddp", "devices": 2} if ddp else {}))
+    asked = settings(
+        net="mlp",
+        batch_size=64,
+        data="memory",
+        images=60_000,
+        workers=0,
+        metrics="",
+        scalars=1,
+        steps=-1,
+        processes=1,
+    )
+    several = {"strategy": "ddp", "devices": asked.processes} if asked.processes > 1 else {}
+    train(
+        Module(asked.net, asked.metrics, asked.scalars),
+        loader(asked.data, asked.images, asked.batch_size, asked.workers),
+        max_steps=asked.steps,
+        **several,
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], ddp="ddp" in sys.argv)
+    main()

@@ -1,8 +1,6 @@
 """Steps of the design that this library comes from: samples one by one, metrics of each batch.
 
 Its modules computed every metric for each batch, logged it, and looked for NaN in every tensor.
-
-python original_steps.py
 """
 
 from __future__ import annotations
@@ -14,8 +12,7 @@ import torch
 from lightning_steps import Samples, train
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-from toys import CLASSES, network
+from toys import metrics, network
 
 
 class WithMetadata(Samples):
@@ -33,9 +30,7 @@ class Module(pl.LightningModule):
         super().__init__()
         self.net = network("mlp")
         self.loss_function = torch.nn.CrossEntropyLoss()
-        self.metrics = MetricCollection(
-            {"accuracy": MulticlassAccuracy(CLASSES), "f1": MulticlassF1Score(CLASSES)}
-        )
+        self.metrics = MetricCollection(metrics("Accuracy,F1Score"))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, torch.Tensor]:
         x, md = batch

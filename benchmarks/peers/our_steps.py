@@ -1,14 +1,16 @@
-"""Steps of ours, through the command `train`: metrics, checkpoints, NaN guard and exact resume on.
+"""Steps of ours, through the command `train`: checkpoints, NaN guard and exact resume on.
 
-python our_steps.py mlp|conv BATCH_SIZE arrays|samples [auroc] [ddp] [KEY...]
+Its settings, with their defaults, are those of `ASKED`.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from pathlib import Path
+from typing import Any
+
+from harness import toy_project
+from settings import settings
 
 from torch_lab.cli import main as run
 from torch_lab.cli import train
@@ -19,17 +21,16 @@ import functools
 import torch
 from gate import Gate
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
-from toys import CLASSES, arrays, flipped, flipped_one, network
+from toys import Loss, arrays, flipped, flipped_one, metrics, network
 
 from torch_lab.datasets import ArrayDataset, BaseDataset
 from torch_lab.modules import TrainLabModule
 
 
 class Samples(BaseDataset):
-    def __init__(self):
+    def __init__(self, count):
         super().__init__(augmentation=flipped_one)
-        self.x, self.y = arrays()
+        self.x, self.y = arrays(count)
 
     def __len__(self):
         return len(self.x)
@@ -42,54 +43,67 @@ class Samples(BaseDataset):
 
 
 def train_config(hparams):
-    config = hparams["config"]
-    metrics = {"accuracy": MulticlassAccuracy(CLASSES), "f1": MulticlassF1Score(CLASSES)}
-    if config["auroc"]:
-        metrics["auroc"] = MulticlassAUROC(CLASSES)
-    is_array = config["data"] == "arrays"
-    data = ArrayDataset(*arrays(), augmentation=flipped) if is_array else Samples()
-    return {
+    asked = hparams["config"]
+    count, size, scalars = asked["images"], asked["batch_size"], asked["scalars"]
+    by_samples = asked["data"] == "samples"
+    data = Samples(count) if by_samples else ArrayDataset(*arrays(count), augmentation=flipped)
+    made = {
         "module": TrainLabModule(
-            network(config["net"]),
-            torch.nn.CrossEntropyLoss(),
+            network(asked["net"]),
+            torch.nn.CrossEntropyLoss() if scalars == 1 else Loss(scalars),
             functools.partial(torch.optim.AdamW, lr=1e-3),
-            metrics=metrics,
+            metrics=metrics(asked["metrics"]) if asked["metrics"] else None,
         ),
-        "train_dataloaders": DataLoader(data, batch_size=config["batch_size"], shuffle=True),
+        "train_dataloaders": DataLoader(
+            data, batch_size=size, shuffle=True, num_workers=asked["workers"]
+        ),
         "callbacks": [Gate()],
     }
+    if asked["held_out"]:
+        made["val_dataloaders"] = DataLoader(ArrayDataset(*arrays(asked["held_out"])), size)
+    return made
 """
-
-
-KEYS = {
+ASKED = settings(
+    net="mlp",
+    batch_size=64,
+    data="arrays",
+    images=60_000,
+    held_out=0,
+    workers=0,
+    metrics="Accuracy,F1Score",
+    scalars=1,
+    steps=-1,
+    processes=1,
+    keys="",
+)
+KEYS: dict[str, dict[str, Any]] = {
     "fused": {"optimizer": {"fused": True}},
     "channels_last": {"channels_last": True},
     "compile": {"compile": True},
 }
-"""What each further word adds to the hparams."""
+"""What each of `keys` adds to the hparams."""
 
 
-def main(kind: str, size: int, data: str, *words: str) -> None:
-    """Train until nobody asks for more."""
-    # The processes that are started to train together run this script too.
-    root = Path(os.environ.setdefault("TOYS", tempfile.mkdtemp()))
-    folder = root / "toys" / "experiments" / "00_toy"
-    folder.mkdir(parents=True, exist_ok=True)
-    (root / "pyproject.toml").touch()
-    (folder / "__main__.py").write_text(CONFIG, encoding="utf-8")
-    config = {"net": kind, "batch_size": size, "data": data, "auroc": "auroc" in words}
-    several = {"strategy": "ddp", "devices": 2} if "ddp" in words else {}
-    init = {"max_epochs": -1, "accelerator": "cpu", "log_every_n_steps": 50, **several}
-    hparams = {
-        "trainer": {"init": init},
-        "config": {**config, "monitor": "loss/train"},
+def main() -> None:
+    """Train so many steps, or until nobody asks for more."""
+    several = {"strategy": "ddp", "devices": ASKED.processes} if ASKED.processes > 1 else {}
+    init = {
+        "max_epochs": -1,
+        "max_steps": ASKED.steps,
+        "accelerator": "cpu",
+        "log_every_n_steps": 50,
+        "enable_progress_bar": False,
+        **several,
     }
-    for word in KEYS.keys() & set(words):
-        hparams |= KEYS[word]
-    script = folder / "hparams.py"
-    script.write_text(f"hparams = {hparams!r}\n", encoding="utf-8")
+    config = {**vars(ASKED), "monitor": "loss/train"}
+    # The processes that are started to train together run this script too.
+    folder = Path(os.environ["FOLDER"])
+    hparams = {"trainer": {"init": init}, "config": config}
+    for key in filter(None, ASKED.keys.split(",")):
+        hparams |= KEYS[key]
+    script = toy_project(folder, CONFIG, hparams)
     run(train, "train", [str(script), "--offline"])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    main()

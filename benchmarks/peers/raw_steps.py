@@ -1,22 +1,21 @@
-"""Steps of a loop in plain PyTorch, over batches that are in memory.
-
-python raw_steps.py mlp|conv BATCH_SIZE
-"""
+"""Steps of a loop in plain PyTorch, over batches that are in memory."""
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from gate import Gate
+from settings import settings
 from toys import arrays, network
 
+ASKED = settings(net="mlp", batch_size=64)
 
-def main(kind: str, size: int) -> None:
+
+def main() -> None:
     """Train until nobody asks for more."""
     x, y = map(torch.from_numpy, arrays())
+    size = ASKED.batch_size
     batches = list(zip(x.split(size), y.split(size), strict=True))
-    net, loss_function, gate = network(kind), torch.nn.CrossEntropyLoss(), Gate()
+    net, loss_function, gate = network(ASKED.net), torch.nn.CrossEntropyLoss(), Gate()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     while True:
         for images, labels in batches:
@@ -27,4 +26,4 @@ def main(kind: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main()

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-__all__ = ["CLASSES", "arrays", "flipped", "flipped_one", "network"]
+__all__ = ["CLASSES", "Loss", "arrays", "flipped", "flipped_one", "metrics", "network"]
 
 CLASSES = 10
 
@@ -23,8 +24,10 @@ def arrays(count: int = 60_000) -> tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 def network(kind: str) -> nn.Module:
-    """Return the perceptron `mlp` or the convolutional network `conv`."""
+    """Return the perceptron `mlp`, the convolutional network `conv`, or one `linear` layer."""
     torch.set_num_threads(1)
+    if kind == "linear":
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, CLASSES))
     if kind == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, CLASSES))
     return nn.Sequential(
@@ -32,6 +35,32 @@ def network(kind: str) -> nn.Module:
         *(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(1600, CLASSES)),
     )
+
+
+class Loss(nn.Module):
+    """The cross-entropy, as a dictionary of so many scalars that are logged.
+
+    The first one is trained on; the others stand for what else one likes to see.
+
+    Args:
+        scalars: How many.
+    """
+
+    def __init__(self, scalars: int) -> None:
+        super().__init__()
+        self.scalars = scalars
+
+    def forward(self, y_pred: Tensor, y: Tensor) -> dict[str, Tensor]:
+        loss = cross_entropy(y_pred, y)
+        others = (loss.detach() / number for number in range(2, self.scalars + 1))
+        return {f"part_{number}": part for number, part in enumerate([loss, *others])}
+
+
+def metrics(names: str) -> dict[str, Any]:
+    """Return the metrics of these names, which stand between commas."""
+    import torchmetrics.classification as known
+
+    return {name.lower(): getattr(known, f"Multiclass{name}")(CLASSES) for name in names.split(",")}
 
 
 def flipped(x: Any) -> Any:
