@@ -421,7 +421,7 @@ def test_any_network_is_really_compiled(network: nn.Module) -> None:
     """Also one whose class is torch's own, of which `nn.Module.compile` compiles nothing."""
     graphs = []
 
-    def backend(graph: Any, inputs: Any) -> Any:
+    def backend(graph: Any, *_: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 

@@ -102,7 +102,8 @@ class LabModule(pl.LightningModule):
         """
         # As `nn.Module.compile` does it. That compiles nothing of a network whose class is torch's
         # own, such as Sequential: Dynamo skips frames of torch's files, unless they are inlined.
-        self.model._compiled_call_impl = torch.compile(_inlined(self.model._call_impl), **options)
+        compiled = torch.compile(_inlined(self.model._call_impl), **options)
+        vars(self.model)["_compiled_call_impl"] = compiled
         self._compiled_with = options
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
