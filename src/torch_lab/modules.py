@@ -88,7 +88,6 @@ class LabModule(pl.LightningModule):
 
     def forward(self, x: Any) -> Any:
         """Return what the network makes of `x`."""
-        # Not in a hook of the network: that would be compiled with it, and take half as long again.
         given = x if self._memory_format is None else _laid_out(x, self._memory_format)
         return self.model(given)
 
@@ -101,7 +100,10 @@ class LabModule(pl.LightningModule):
         Raises:
             RuntimeError: Torch refuses them.
         """
-        self.model.compile(**options)
+        # As `nn.Module.compile` does it. That compiles nothing of a network whose class is torch's
+        # own, such as Sequential: Dynamo skips frames of torch's files, unless they are inlined.
+        compiled = torch.compile(_inlined(self.model._call_impl), **options)
+        vars(self.model)["_compiled_call_impl"] = compiled
         self._compiled_with = options
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
@@ -351,6 +353,15 @@ class _Metrics(Mapping[Stage, MetricCollection]):
 
     def __len__(self) -> int:
         return len(self._epochs)
+
+
+def _inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with a frame of ours around it."""
+
+    def called(*given: Any, **named: Any) -> Any:
+        return function(*given, **named)
+
+    return called
 
 
 def _laid_out(value: Any, memory_format: torch.memory_format) -> Any:

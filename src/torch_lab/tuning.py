@@ -29,7 +29,8 @@ _NOT_CHOSEN: Final[Mapping[str, Any]] = {"fused": None, "foreach": None, "differ
 _EXACT: Final[Mapping[str, Any]] = {"dynamic": False}
 """Kernels for one size each: those for any size are others, and come with the second size."""
 _MENDS: Final = {
-    "compile": "have it compile its network itself: self.net.compile(dynamic=False)",
+    "compile": "compile its network in the config script: "
+    "module.net = torch.compile(module.net, dynamic=False)",
     "channels_last": "have it convert its network itself, and the images in its steps: "
     "self.net.to(memory_format=torch.channels_last)",
 }
