@@ -11,11 +11,11 @@ from typing import Any, Final, Literal, TypeAlias
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric, MetricCollection
 
 from torch_lab.errors import ComponentsError, did_you_mean
@@ -371,7 +371,7 @@ def _laid_out(value: Any, memory_format: torch.memory_format) -> Any:
         is_image = tensor.dim() == _IMAGE_DIMENSIONS
         return tensor.to(memory_format=memory_format) if is_image else tensor
 
-    return apply_to_collection(value, Tensor, laid_out)
+    return tree_map_only(Tensor, laid_out, value)
 
 
 def _split(batch: Any) -> tuple[Any, Metadata]:
