@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from test_train import scalars
 from torch_lab.errors import ExitCode
 from torch_lab.mirror import split_tag
 from torch_lab.runs import Run
+from torch_lab.server import Address, Server
 from torch_lab.tracking import Silence
 from warm import Warm
 
@@ -534,6 +537,27 @@ def test_a_failure_is_told(online: Online) -> None:
     online.lab.hparams("typo", {"config": {"monitor": "loss/valdate"}})
     assert online.run("train", str(online.lab.folder / "typo.py")).code == ExitCode.USAGE
     assert len(online.server.state.tasks) == 1
+
+
+def test_two_machines_make_one_project() -> None:
+    """In the same moment: the server refuses the later one, which then takes what is there."""
+    with ClearMLServer() as server:
+        keys = (server.access_key, server.secret_key)
+        address = Address(server.api_url, server.files_url, server.web_url, *keys)
+        barrier = threading.Barrier(2)
+
+        def machine(_: int) -> list[str | None]:
+            own, found = Server(address), []
+            own.log_in()
+            for number in range(20):
+                barrier.wait()
+                found.append(own.project(f"project {number}"))
+            return found
+
+        with ThreadPoolExecutor(2) as machines:
+            first, second = machines.map(machine, range(2))
+    assert first == second
+    assert len(set(first)) == 20
 
 
 def test_two_machines_take_different_versions(

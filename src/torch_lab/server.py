@@ -119,7 +119,13 @@ class Server:
             return str(each["id"])
         if not create:
             return None
-        return str(self.call("projects.create", name=name, description="")["id"])
+        try:
+            return str(self.call("projects.create", name=name, description="")["id"])
+        except ServerError:
+            # Another machine may have made it in this moment.
+            if found := self.project(name, create=False):
+                return found
+            raise
 
     def task(self, task: str) -> dict[str, Any]:
         """Return all that the server tells of the task of an id; errors are those of `call`."""
