@@ -544,7 +544,7 @@ def test_two_machines_make_one_project() -> None:
     with ClearMLServer() as server:
         keys = (server.access_key, server.secret_key)
         address = Address(server.api_url, server.files_url, server.web_url, *keys)
-        barrier = threading.Barrier(2)
+        barrier = threading.Barrier(2, timeout=30)
 
         def machine(_: int) -> list[str | None]:
             own, found = Server(address), []
