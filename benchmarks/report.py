@@ -146,13 +146,11 @@ def _circumstances(command: str) -> str:
 
 
 def _reached(figures: Sequence[Figure]) -> str:
-    missed = [figure.number for figure in figures if figure.is_reached is False]
-    told = {
-        kind: ", ".join(dict.fromkeys(each.number for each in figures if kind(each.number)))
-        for kind in (lambda number: number not in missed, missed.__contains__)
-    }
-    reached, others = (each or "none" for each in told.values())
-    return f"Goals that are reached: {reached}. Goals that are not: {others}.\n"
+    numbers = dict.fromkeys(figure.number for figure in figures)
+    missed = {figure.number for figure in figures if figure.is_reached is False}
+    reached = ", ".join(number for number in numbers if number not in missed)
+    others = ", ".join(number for number in numbers if number in missed)
+    return f"Goals that are reached: {reached or 'none'}. Goals that are not: {others or 'none'}.\n"
 
 
 def _table(figures: Sequence[Figure]) -> str:

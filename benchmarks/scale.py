@@ -105,14 +105,16 @@ def figures(rounds: int = ROUNDS, steps: int = STEPS) -> list[Figure]:
         old.finish()
         (folder,) = old.folder.glob("data/artifacts/*/metrics")
         logged = len(opened(folder).Scalars("loss/train_step"))
-        found["bytes of metrics for a scalar"] = [growth(folder, steps)]
-    name, peer = f"a run of {steps:,} steps", "its second tenth"
+        bytes_each = [growth(folder, steps)]
+    name, young = f"a run of {steps:,} steps", "the second tenth of a young one"
+    last = f"{name}, its last tenth"
     share = [logged / (steps // LOG_EVERY)]
     return [
         *(
-            Figure("12", f"{name}, its last tenth: {what}", peer, each, MOST_GROWTH)
+            Figure("12", f"{last}: {what}", young, each, MOST_GROWTH)
             for what, each in found.items()
         ),
+        Figure("12", f"{last}: bytes for a scalar", "its second tenth", bytes_each, MOST_GROWTH),
         Figure("12", f"{name}: what TensorBoard finds", "what was logged", share, at_least=1),
     ]
 

@@ -39,6 +39,7 @@ from harness import (
 
 __all__ = ["curves", "figures", "short_figures"]
 
+AUTHOR = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost"]
 BIN = Path(sys.executable).parent
 SCRIPT = Path("experiments") / "00_one_batch" / "hparams.py"
 TRAIN = [BIN / "train", SCRIPT, "--offline"]
@@ -94,9 +95,6 @@ class Project:
         """Return what measures a command in this project."""
         environment = {**self.environment, **more}
         return lambda: wall(command, code, cwd=self.root, env=environment)
-
-
-AUTHOR = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost"]
 
 
 @contextlib.contextmanager

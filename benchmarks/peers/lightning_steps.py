@@ -1,6 +1,6 @@
 """Steps of plain Lightning, which logs the loss with TensorBoard and writes checkpoints.
 
-Its settings, with their defaults, are those of `ASKED`. Batches are in memory, or made of samples
+Its settings, with their defaults, are in `main`. Batches are in memory, or made of samples
 one by one, or of tensors by torch's own dataset.
 """
 
