@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "ENVIRONMENT",
+    "PEERS",
+    "ROUNDS",
+    "TITLES",
     "Curve",
     "Figure",
     "Trainee",

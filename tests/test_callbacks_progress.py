@@ -253,6 +253,21 @@ def test_the_line_is_redrawn_ten_times_a_second_at_most(monkeypatch: pytest.Monk
     assert 2 <= drawn <= 1 + (time.monotonic() - start) / 0.1
 
 
+def test_of_a_device_the_loss_of_the_last_logged_step_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where no line is drawn in that very step; before the first one there is none."""
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("torch_lab.callbacks.progress.waits_for", lambda device: True)
+    run = trainer(EpochProgress(), max_epochs=1, log_every_n_steps=149)
+    run.fit(Squares(0.002), loader(300))
+    drawn = [(re.search(r"(\d+)/300", line), line) for line in terminal.drawn()]
+    steps = {int(found[1]): "loss" in line for found, line in drawn if found}
+    assert min(steps) < 149 < max(steps)
+    assert all(has_loss == (step >= 149) for step, has_loss in steps.items()), steps
+
+
 @pytest.mark.parametrize(
     ("columns", "encoding", "bar"),
     [("78", "ascii", "  #+-*  "), ("78", None, "  #+-*  "), ("30", "utf-8", r"^epoch 1/1  \d/4  ")],

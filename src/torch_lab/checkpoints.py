@@ -228,7 +228,7 @@ def _freed_later(path: Path) -> Iterator[None]:
     """Let a thread wait until the disk has freed what takes its leave here: 0.2 s for a GB."""
     try:
         replaced = path.open("rb", buffering=0)
-    except FileNotFoundError:
+    except OSError:
         yield
         return
     try:

@@ -27,6 +27,7 @@ import torch
 from lightning_fabric.utilities.apply_func import move_data_to_device
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric, MetricCollection
 
 from torch_lab.errors import CheckpointError, Interrupted
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 STATE: Final = "torch_lab_exact"
 """The key of our state in a checkpoint."""
+_DRAWS: Final = 2
+"""Which way random numbers are drawn for a run; another one is no exact way to go on."""
 _SECONDS_BETWEEN_AGREEMENTS = 0.25
 _MOST_BATCHES_BETWEEN_AGREEMENTS = 16
 """Batches that come quickly may become slow, and a signal must not wait for many of those."""
@@ -158,7 +161,7 @@ class ExactResume(pl.Callback):
                 "seen_batches": self._seen(trainer),
                 "callbacks": copy.deepcopy(_states_of_callbacks(trainer)),
                 "metrics": _states_of_metrics(pl_module),
-                "sums": copy.deepcopy(_sums_of(pl_module)),
+                "sums": tree_map_only(Tensor, _alone, _sums_of(pl_module)),
                 "marks": self._marks(trainer),
             }
         self._seed_for(trainer, Stream.VALIDATION)
@@ -298,6 +301,7 @@ class ExactResume(pl.Callback):
             "processes": trainer.world_size,
             "loaders": self.loaders.facts(),
             "tuning": self.tuning.conditions(),
+            "draws": _DRAWS,
         }
 
     def _state_of_ranks(
@@ -367,8 +371,9 @@ def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
         yield f"the seed was {before['seed']} and is {now['seed']}"
     if before["processes"] != now["processes"]:
         yield f"the number of processes was {before['processes']} and is {now['processes']}"
-    tuning = before.get("tuning", {})
-    for key, was in tuning.items():
+    if before.get("draws") != now["draws"]:
+        yield "another version of torch_lab wrote the checkpoint, which drew other random numbers"
+    for key, was in before.get("tuning", Tuning().conditions()).items():
         is_now = now["tuning"].get(key)
         if was != is_now:
             yield f"{key} was {was} and is {is_now}"
@@ -387,10 +392,13 @@ def _lets_torch_choose_sizes(part: torch.nn.Module) -> bool:
     if type(part).__name__ == "OptimizedModule":
         context = part.dynamo_ctx
     elif compiled := vars(part).get("_compiled_call_impl"):
-        context = inspect.getclosurevars(compiled).nonlocals.get("self")
+        # Where compiling is turned off, torch returns what it was given.
+        is_made_by_torch = inspect.isfunction(compiled)
+        named = inspect.getclosurevars(compiled).nonlocals if is_made_by_torch else {}
+        context = named.get("self")
     else:
         return False
-    return getattr(context, "_dynamic", None) is None
+    return context is not None and getattr(context, "_dynamic", None) is None
 
 
 def _size(facts: Mapping[str, Any]) -> str:
@@ -639,6 +647,11 @@ def _states_of_metrics(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
         for name, metric in _metrics_of(module)
         if metric._update_count
     }
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a copy without the graph that it may be a part of."""
+    return tensor.detach().clone()
 
 
 def _copied(state: Any) -> Any:

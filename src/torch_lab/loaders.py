@@ -286,7 +286,8 @@ class Loaders:
         vars(loader).update({key: order, "_get_iterator": IteratorMaker(loader, watch)})
 
     def _pace_of(self, loader: DataLoader[Any], role: _Role) -> Pace | None:
-        is_of_samples = not hasattr(loader.dataset, "__getitems__")
+        makes_batches = hasattr(_whole(loader.dataset), "__getitems__")
+        is_of_samples = loader.batch_sampler is not None and not makes_batches
         is_measured = role.trains and not (loader.num_workers or self.debug)
         return Pace() if is_of_samples and is_measured else None
 
@@ -425,6 +426,11 @@ def _is_plain(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(map(_is_plain, dataset.datasets))
     return type(dataset) in _PLAIN_DATA
+
+
+def _whole(dataset: Any) -> Any:
+    """Return what a dataset is a part of, or itself."""
+    return _whole(dataset.dataset) if type(dataset) is Subset else dataset
 
 
 def _with_leaves(given: Any, name: str, leaves: Mapping[str, Any]) -> Any:

@@ -5,6 +5,7 @@ A batch is `(x, md)`, with labels in `md["y"]`, or plainly `(x, y)`.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
@@ -102,7 +103,9 @@ class LabModule(pl.LightningModule):
         """
         # As `nn.Module.compile` does it. That compiles nothing of a network whose class is torch's
         # own, such as Sequential: Dynamo skips frames of torch's files, unless they are inlined.
-        compiled = torch.compile(_inlined(self.model._call_impl), **options)
+        # A copy, as torch takes some of the options out.
+        given = copy.deepcopy(options)
+        compiled = torch.compile(_inlined(self.model._call_impl), **given)
         vars(self.model)["_compiled_call_impl"] = compiled
         self._compiled_with = options
 
@@ -361,6 +364,8 @@ def _inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     def called(*given: Any, **named: Any) -> Any:
         return function(*given, **named)
 
+    # Torch keeps what it compiled with the code, of which it then has one for each network.
+    called.__code__ = called.__code__.replace()
     return called
 
 

@@ -232,7 +232,13 @@ class Training:
         self._tell_parent()
         # Again, so that the baseline validation changes nothing in what follows.
         self._seed()
-        self.trainer.fit(components.module, **data, **self.start.arguments)
+        try:
+            self.trainer.fit(components.module, **data, **self.start.arguments)
+        finally:
+            # A callback that raises where an exception is told keeps it from those behind it.
+            for callback in self.trainer.checkpoint_callbacks:
+                if isinstance(callback, CheckpointWriter):
+                    callback.wait()
         self.keep_metrics()
 
     def _tell_parent(self) -> None:

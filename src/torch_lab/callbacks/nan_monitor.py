@@ -34,8 +34,8 @@ MEND_STEPS = (
 )
 MEND_LATE = (
     "Losses on this device are looked at when the trainer logs, so that no step waits for it. "
-    "Checkpoints are of before that step: going on from the last one with detect_anomaly "
-    "(--debug) looks at each loss before its backward pass, and names the cause."
+    "Checkpoints are of before that step: --resume --set trainer.init.detect_anomaly=True goes on "
+    "from the last one, looks at each loss before its backward pass, and names the cause."
 )
 _MOST_WAITING: Final = 50
 
@@ -372,7 +372,7 @@ def _late_error(trainer: pl.Trainer, module: pl.LightningModule, bad: Kept) -> N
             )
         return NonFiniteError(f"{message}; the parameters are finite", MEND_LATE)
     weights = (
-        f"noticed after step {made}, so the weights are no longer those of before it"
+        f"noticed after step {made}, so the weights may no longer be those of before it"
         if made >= bad.step
         else "noticed before that step was made, so the weights are those of before it"
     )

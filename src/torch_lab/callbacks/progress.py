@@ -114,8 +114,9 @@ class EpochProgress(pl.callbacks.ProgressBar):
             return
         self._loss.add(outputs)
         self._train_pace.done = batch_idx + 1
+        self._take_loss(trainer)
         if self._line.is_due():
-            loss = self._loss_to_show(trainer)
+            loss = self._shown_loss if self._loss.takes_waiting else self._train_loss(trainer)
             self._line.draw(
                 [_epoch_name(trainer)],
                 self._train_pace,
@@ -146,11 +147,11 @@ class EpochProgress(pl.callbacks.ProgressBar):
             self._train_loss(trainer),
         )
 
-    def _loss_to_show(self, trainer: pl.Trainer) -> float | None:
-        """Return the mean of the losses, or of those at the last time that cost no waiting."""
-        if not self._loss.takes_waiting or trainer._logger_connector.should_update_logs:
+    def _take_loss(self, trainer: pl.Trainer) -> None:
+        """Take a loss from its device to be shown, where others wait for that anyway."""
+        is_waited_for = self._loss.takes_waiting and trainer._logger_connector.should_update_logs
+        if is_waited_for and self._line.is_possible:
             self._shown_loss = self._train_loss(trainer)
-        return self._shown_loss
 
     def _train_loss(self, trainer: pl.Trainer) -> float | None:
         mean = self._loss.value()
@@ -334,6 +335,11 @@ class _LiveLine:
         if now - self._drawn_at < REDRAW_SECONDS:
             return False
         self._drawn_at = now
+        return self.is_possible
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there is a place for it: a terminal, or a notebook."""
         return _is_terminal(sys.stderr) or self._cell.is_possible
 
     def draw(
