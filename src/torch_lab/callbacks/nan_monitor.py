@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import pytorch_lightning as pl
@@ -15,23 +12,24 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from torch_lab.callbacks.not_finite import (
+    MEND_LOSS,
+    MEND_STEPS,
+    as_list,
+    bad_parameters,
+    cause_of,
+    ids_in,
+    is_finite,
+    listing,
+    named_samples,
+)
 from torch_lab.callbacks.waiting import Kept, Look, Losses, alone, waits_for
-from torch_lab.errors import NonFiniteError, listed
+from torch_lab.errors import NonFiniteError
 
 __all__ = ["NanMonitor"]
 
 log = logging.getLogger(__name__)
 
-MOST_NAMED = 5
-MEND_LOSS = (
-    "Look in the loss function for the logarithm or the root of 0, a division by 0, "
-    "and targets out of range."
-)
-MEND_INPUTS = "Look at these samples; leave them out, or mend such values in a transform."
-MEND_STEPS = (
-    "Lower the learning rate, clip the gradients (trainer.init: gradient_clip_val), "
-    "or train in a precision of wider range."
-)
 MEND_LATE = (
     "Losses on this device are looked at when the trainer logs, so that no step waits for it. "
     "Checkpoints are of before that step: --resume --set trainer.init.detect_anomaly=True goes on "
@@ -117,13 +115,9 @@ class NanMonitor(pl.Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        if not waits_for(loss.device) and _is_finite(loss):  # Most are, and each step asks.
-            return
-        if self._is_bad(trainer, pl_module, "training", loss, self._batch):
-            made_by = self._made_by(trainer.global_step)
-            raise self._error(trainer, pl_module, "training", loss, self._batch, made_by=made_by)
+        self._watch(trainer, pl_module, "training", loss, self._batch)
 
-    def _is_bad(
+    def _watch(
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
@@ -133,14 +127,35 @@ class NanMonitor(pl.Callback):
         loader: int = 0,
         *,
         is_sum: bool = False,
-    ) -> bool:
-        """Return whether this loss ends the training, as far as that can be known by now.
+    ) -> None:
+        """Look at a loss, or keep it until to look at it is due.
 
         Raises:
-            NonFiniteError: It was time to look at those before, and one of them does.
+            NonFiniteError: It ends the training, or one that was kept before does.
         """
         if not waits_for(loss.device) or torch.is_anomaly_enabled():
-            return _is_nan(loss) if is_sum else not _is_finite(loss)
+            is_bad = _is_nan(loss) if is_sum else not is_finite(loss)
+        else:
+            is_bad = self._keep(trainer, module, stage, loss, batch, loader, is_sum=is_sum)
+        if is_bad:
+            raise self._error(trainer, module, stage, loss, batch, loader)
+
+    def _keep(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        stage: str,
+        loss: Tensor,
+        batch: Any,
+        loader: int,
+        *,
+        is_sum: bool,
+    ) -> bool:
+        """Keep a loss on its device, and return whether it is bad, if to look at it is due.
+
+        Raises:
+            NonFiniteError: One that was kept before is.
+        """
         if not loss.numel():
             return False
         is_training, made = stage == "training", trainer.global_step
@@ -181,16 +196,16 @@ class NanMonitor(pl.Callback):
             self._check_parameters(trainer, module)
 
     def _check_parameters(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if bad := _bad_parameters(module):
+        if bad := bad_parameters(module):
             raise NonFiniteError(
                 f"the weights are not finite after step {trainer.global_step}, so no checkpoint "
-                f"is written of them: {_listing(bad)}{self._made_by(trainer.global_step)}",
+                f"is written of them: {listing(bad)}{self._made_by(trainer.global_step)}",
                 MEND_STEPS,
             )
 
     def _known_ids(self, stage: str, loader: int, batch: Any) -> Any:
         """Return what names the samples of a batch, if it is known; nothing else of it is kept."""
-        ids = _ids(batch)
+        ids = ids_in(batch)
         return self._indices(stage, loader) if ids is None else ids
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -217,8 +232,8 @@ class NanMonitor(pl.Callback):
 
     def _made_by(self, step: int) -> str:
         """Name the step whose gradients made the weights what they are, and its samples."""
-        ids = _as_list(self._ids_before)
-        samples = f" with {_samples(ids, range(len(ids)))}" if ids else ""
+        ids = as_list(self._ids_before)
+        samples = f" with {named_samples(ids, range(len(ids)))}" if ids else ""
         return f", made so by the gradients of step {step}{samples}" if step else ""
 
     def _error(
@@ -228,12 +243,15 @@ class NanMonitor(pl.Callback):
         stage: str,
         loss: Tensor,
         batch: Any,
-        loader: int = 0,
-        made_by: str = "",
+        loader: int,
     ) -> NonFiniteError:
         """Return the error that says where a loss got its value from, as far as can be found."""
-        indices = self._indices("train" if stage == "training" else "validate", loader)
-        cause, hint = _cause(trainer, module, batch, indices, made_by)
+        is_training = stage == "training"
+        indices = self._indices("train" if is_training else "validate", loader)
+        # A module that optimises by itself may have made the step already.
+        is_before_step = is_training and module.automatic_optimization
+        made_by = self._made_by(trainer.global_step) if is_before_step else ""
+        cause, hint = cause_of(trainer, module, batch, indices, made_by)
         parts = ", ".join(_bad_parts(trainer))
         return NonFiniteError(
             f"the {stage} loss is {_word(loss)}{f' (of it: {parts})' if parts else ''} "
@@ -250,15 +268,13 @@ class NanMonitor(pl.Callback):
         batch_idx: int,
     ) -> None:
         self._batch = None
-        ids = _ids(batch)
+        ids = ids_in(batch)
         self._ids_before = self._indices("train", 0) if ids is None else ids
         # A module that optimises by itself may run the backward pass without Lightning.
         if not pl_module.automatic_optimization and isinstance(outputs, Mapping):
             loss = outputs.get("loss")
-            if isinstance(loss, Tensor) and self._is_bad(
-                trainer, pl_module, "training", loss, batch
-            ):
-                raise self._error(trainer, pl_module, "training", loss, batch)
+            if isinstance(loss, Tensor):
+                self._watch(trainer, pl_module, "training", loss, batch)
 
     def on_validation_batch_end(
         self,
@@ -271,15 +287,10 @@ class NanMonitor(pl.Callback):
     ) -> None:
         where = (batch, dataloader_idx)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if (
-            isinstance(loss, Tensor)
-            and loss.is_floating_point()
-            and self._is_bad(trainer, pl_module, "validation", loss, *where)
-        ):
-            raise self._error(trainer, pl_module, "validation", loss, *where)
+        if isinstance(loss, Tensor) and loss.is_floating_point():
+            self._watch(trainer, pl_module, "validation", loss, *where)
         for logged in _logged_losses(trainer):
-            if self._is_bad(trainer, pl_module, "validation", logged, *where, is_sum=True):
-                raise self._error(trainer, pl_module, "validation", logged, *where)
+            self._watch(trainer, pl_module, "validation", logged, *where, is_sum=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # With several loaders, the number of each is behind the name.
@@ -293,7 +304,7 @@ class NanMonitor(pl.Callback):
                     MEND_LOSS,
                 )
         score = found.get(self.monitor or "")
-        if score is not None and not _is_finite(score) and not self._told:
+        if score is not None and not is_finite(score) and not self._told:
             self._told = True
             log.warning(
                 "%s is %s %s: such a checkpoint is never the best",
@@ -305,35 +316,6 @@ class NanMonitor(pl.Callback):
     ) -> None:
         self._look(trainer, pl_module)
         self._check_parameters(trainer, pl_module)
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """A tensor with values that are NaN or infinite."""
-
-    name: str
-    values: int
-    samples: Sequence[int] = ()
-    """Positions in the batch."""
-
-    def described(self, ids: Sequence[Any] | None) -> str:
-        count = f"{self.values} value{'s' * (self.values > 1)}"
-        if not self.samples:
-            return f"{self.name} ({count})"
-        return f"{self.name} ({count}, in {_samples(ids, self.samples)})"
-
-
-def _samples(ids: Sequence[Any] | None, positions: Sequence[int]) -> str:
-    """Name the samples at `positions` of a batch, by their `ids` if they have some."""
-    word = "batch position" if ids is None else "sample"
-    named = listed((i if ids is None else ids[i] for i in positions), MOST_NAMED)
-    return f"{word}{'s' * (len(positions) > 1)} {named}"
-
-
-def _is_finite(loss: Tensor) -> bool:
-    if loss.numel() == 1:
-        return math.isfinite(loss.item())
-    return bool(loss.isfinite().all())
 
 
 def _is_nan(value: Tensor) -> bool:
@@ -361,14 +343,14 @@ def _logs(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
 
 def _late_error(trainer: pl.Trainer, module: pl.LightningModule, bad: Kept) -> NonFiniteError:
     """Return the error that says all that is known of a loss whose batch is gone."""
-    ids, made = _as_list(bad.ids), trainer.global_step
-    samples = f" ({_samples(ids, range(len(ids)))})" if ids else ""
+    ids, made = as_list(bad.ids), trainer.global_step
+    samples = f" ({named_samples(ids, range(len(ids)))})" if ids else ""
     if bad.stage == "validation":
         when = f"after step {bad.step}, epoch {bad.epoch}" if bad.step else "before the first step"
         message = f"the validation loss is {_word(bad.loss)} {when}: in a batch{samples}"
-        if found := _bad_parameters(module):
+        if found := bad_parameters(module):
             return NonFiniteError(
-                f"{message}, not finite among the parameters: {_listing(found)}", MEND_STEPS
+                f"{message}, not finite among the parameters: {listing(found)}", MEND_STEPS
             )
         return NonFiniteError(f"{message}; the parameters are finite", MEND_LATE)
     weights = (
@@ -404,120 +386,5 @@ def _bad_parts(trainer: pl.Trainer) -> list[str]:
     return [
         name.removesuffix("_step")
         for name, value in logged.items()
-        if not name.startswith("loss/train") and not _is_finite(value)
+        if not name.startswith("loss/train") and not is_finite(value)
     ]
-
-
-def _cause(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    batch: Any,
-    indices: Sequence[Any] | None,
-    made_by: str,
-) -> tuple[str, str]:
-    parts = _parts(batch)
-    tensors = dict(found for name, part in parts.items() for found in _tensors(part, name))
-    size = next((len(tensor) for tensor in tensors.values() if tensor.ndim), 0)
-    ids = _sample_ids(parts.values(), size)
-    if ids is None and indices is not None and len(indices) == size:
-        ids = indices
-    if bad := _bad(tensors, size):
-        return f"not finite in the batch: {_listing(bad, ids)}", MEND_INPUTS
-    if bad := _bad_parameters(module):
-        return f"not finite among the parameters: {_listing(bad)}{made_by}", MEND_STEPS
-    named = f" ({_samples(ids, range(size))})" if ids else ""
-    try:
-        predictions = dict(_tensors(_predictions(trainer, module, batch), "the prediction"))
-    except Exception:
-        # The user's forward need not be made for a call with x alone.
-        return f"the batch{named} and the parameters are finite", f"{MEND_STEPS} {MEND_LOSS}"
-    if bad := _bad(predictions, size):
-        return f"not finite: {_listing(bad, ids)}, though batch and parameters are", MEND_STEPS
-    return f"the batch{named}, the parameters and the prediction are finite", MEND_LOSS
-
-
-def _listing(findings: Sequence[_Finding], ids: Sequence[Any] | None = None) -> str:
-    shown = [finding.described(ids) for finding in findings[:MOST_NAMED]]
-    more = len(findings) - len(shown)
-    return ", ".join(shown) + (f" and {more} more tensors" if more else "")
-
-
-def _bad(tensors: Mapping[str, Tensor], size: int) -> list[_Finding]:
-    return [
-        _finding(name, tensor, size)
-        for name, tensor in tensors.items()
-        if not tensor.isfinite().all()
-    ]
-
-
-def _finding(name: str, tensor: Tensor, size: int) -> _Finding:
-    bad = ~tensor.isfinite()
-    if tensor.ndim == 0 or len(tensor) != size:
-        return _Finding(name, int(bad.sum()))
-    samples = bad.reshape(size, -1).any(dim=1).nonzero().flatten()
-    return _Finding(name, int(bad.sum()), samples.tolist())
-
-
-def _bad_parameters(module: pl.LightningModule) -> list[_Finding]:
-    parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
-    # No parameter has a dimension of samples.
-    return _bad(parameters, size=-1)
-
-
-def _parts(batch: Any) -> dict[str, Any]:
-    """Return the parts of a batch under the names that people know them by."""
-    if isinstance(batch, Tensor):
-        return {"x": batch}
-    if isinstance(batch, (list, tuple)) and len(batch) == 2:
-        return {"x": batch[0], "md" if isinstance(batch[1], Mapping) else "y": batch[1]}
-    return {"batch": batch}
-
-
-def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor in nested mappings and sequences with its path: `md['y']`, `x[0]`."""
-    if isinstance(value, Tensor):
-        yield path, value.detach()
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _tensors(part, f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, part in enumerate(value):
-            yield from _tensors(part, f"{path}[{index}]")
-
-
-def _sample_ids(parts: Iterable[Any], size: int) -> Sequence[Any] | None:
-    """Return the samples' `idx` out of the metadata, if there is one for each."""
-    for part in parts:
-        ids = _as_list(part.get("idx") if isinstance(part, Mapping) else None)
-        if ids and len(ids) == size:
-            return ids
-    return None
-
-
-def _ids(batch: Any) -> Any:
-    """Return the `idx` in a batch or its metadata: nothing else of it is kept in memory."""
-    md = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else batch
-    return md.get("idx") if isinstance(md, Mapping) else None
-
-
-def _as_list(ids: Any) -> list[Any]:
-    listed = ids.tolist() if isinstance(ids, Tensor) else ids
-    return list(listed) if isinstance(listed, (list, tuple)) else []
-
-
-def _predictions(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-    x = batch[0] if isinstance(batch, (list, tuple)) else batch
-    with torch.no_grad(), trainer.precision_plugin.forward_context(), _evaluating(module):
-        return module(x)
-
-
-@contextmanager
-def _evaluating(module: pl.LightningModule) -> Iterator[None]:
-    """Keep samples apart (batch norm) and running statistics as they are, for a while."""
-    trained = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in trained:
-            part.training = True
