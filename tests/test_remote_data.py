@@ -243,6 +243,7 @@ def test_no_file_leads_out_of_the_folder(uploaded: Uploaded, project: Path) -> N
         dataset_folder(first)
 
 
+@pytest.mark.slow
 def test_the_demo_trains_with_a_dataset(uploaded: Uploaded, lab: Lab, project: Path) -> None:
     """It is uploaded once, fetched elsewhere, and the run and its task say which version it was."""
     words = ("-m", "example_project.preprocess.digits", "--upload")
