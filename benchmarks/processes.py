@@ -15,7 +15,7 @@ TRAININGS = {
 
 def figures(rounds: int = ROUNDS) -> list[Figure]:
     """Return the goal of two processes."""
-    with stretches(TRAININGS, steps=100) as measures:
+    with stretches(TRAININGS, steps=300) as measures:
         found = in_turn(measures, rounds)
     own = ratios(found, "ours", "Lightning")
     return [Figure("14", "DDP with two processes", "Lightning", own, at_most=1.05)]
