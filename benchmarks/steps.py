@@ -27,6 +27,7 @@ from harness import (
 MLP = {
     "raw loop": python("raw_steps.py"),
     "Lightning": python("lightning_steps.py"),
+    "bare Lightning": python("lightning_steps.py", scalars=0),
     "Lightning by samples": python("lightning_steps.py", data="samples"),
     "original design": python("original_steps.py"),
     "arrays": python("our_steps.py"),
@@ -70,6 +71,7 @@ def figures(rounds: int = ROUNDS) -> list[Figure]:
         _figure("", "the same with fused AdamW", mlp, "arrays and fused AdamW", "arrays"),
         _figure("6", "samples one by one", mlp, "samples", "Lightning by samples", at_most=1.15),
         _figure("", "Lightning itself", mlp, "Lightning", "raw loop"),
+        _figure("", "Lightning without logs and checkpoints", mlp, "bare Lightning", "raw loop"),
     ]
     for size, steps, most in ((64, 40, 1.08), (2048, 4, 1.02)):
         with stretches(conv(size), steps=steps) as measures:

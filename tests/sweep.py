@@ -670,14 +670,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="a new one, for all that is written")
     parser.add_argument("points", type=int, help="how many, of each configuration and signal")
     names = [*CONFIGURATIONS]
-    parser.add_argument("configurations", nargs="*", choices=names, default=names)
+    parser.add_argument("configurations", nargs="*", choices=names)
     parser.add_argument("--by", nargs="+", default=["SIGKILL"], help="signals, by their names")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     failed = [
         sweep(given.folder, name, given.points, signal.Signals[signum], given.seed)
-        for name in given.configurations
+        for name in given.configurations or names
         for signum in given.by
     ]
     return int(any(failed))

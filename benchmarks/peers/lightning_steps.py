@@ -30,8 +30,9 @@ class Module(pl.LightningModule):
 
     def __init__(self, kind: str, names: str = "", scalars: int = 1) -> None:
         super().__init__()
+        self.scalars = scalars
         self.net = network(kind)
-        self.loss_function = torch.nn.CrossEntropyLoss() if scalars == 1 else Loss(scalars)
+        self.loss_function = torch.nn.CrossEntropyLoss() if scalars < 2 else Loss(scalars)
         # Of those that share their sums, a collection updates one.
         self.metrics = MetricCollection(metrics(names)) if names else None
 
@@ -42,7 +43,7 @@ class Module(pl.LightningModule):
         if isinstance(loss, dict):
             self.log_dict(loss)
             loss = loss["part_0"]
-        else:
+        elif self.scalars:
             self.log("loss", loss)
         if self.metrics is not None:
             self.metrics.update(y_pred, y)
@@ -84,15 +85,16 @@ class Samples(Dataset[Any]):
         return torch.from_numpy(flipped_one(self.x[index])), int(self.y[index])
 
 
-def train(module: pl.LightningModule, loader: Any, **limits: Any) -> None:
-    """Train so many steps, or until nobody asks for more."""
+def train(module: Module, loader: Any, **limits: Any) -> None:
+    """Train so many steps, or until nobody asks for more; without scalars there is nothing else."""
     folder = os.environ["FOLDER"]
     trainer = pl.Trainer(
         **limits,
         max_epochs=-1,
         accelerator="cpu",
         callbacks=[Gate()],
-        logger=TensorBoardLogger(folder),
+        logger=TensorBoardLogger(folder) if module.scalars else False,
+        enable_checkpointing=bool(module.scalars),
         default_root_dir=folder,
         enable_progress_bar=False,
     )
