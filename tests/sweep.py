@@ -664,13 +664,22 @@ def sweep(root: Path, name: str, points: int, signum: signal.Signals, seed: int)
     return failed
 
 
+def known(name: str) -> str:
+    """Return the name of a configuration; another one is an error."""
+    if name not in CONFIGURATIONS:
+        raise argparse.ArgumentTypeError(f"there is no {name!r}")
+    return name
+
+
 def main() -> int:
     """Sweep what the arguments name; return 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a new one, for all that is written")
     parser.add_argument("points", type=int, help="how many, of each configuration and signal")
     names = [*CONFIGURATIONS]
-    parser.add_argument("configurations", nargs="*", choices=names)
+    # With `choices`, an empty list would have to be one of them.
+    told = f"some of {', '.join(names)}; all if none is named"
+    parser.add_argument("configurations", nargs="*", type=known, metavar="NAME", help=told)
     parser.add_argument("--by", nargs="+", default=["SIGKILL"], help="signals, by their names")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
