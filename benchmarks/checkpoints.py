@@ -24,6 +24,7 @@ from torch_lab.files import sync
 
 MEGABYTES = 100
 WIDTH = 2_048
+REASONS = {"11": "It is the copy, and 4 % for the walk through the checkpoint."}
 
 
 def checkpoint() -> dict[str, Any]:

@@ -44,7 +44,8 @@ What torch-lab costs, against others that do the same work. Times of one machine
 another, so every figure is a ratio to a peer of the same run: each round measures all of them in
 turn, and the ratio is that of a round. Shown are the median and the quartiles. "Raw PyTorch" is a
 loop without any framework, "plain Lightning" a script with its `Trainer`; both are written as their
-best users would, and lie in `benchmarks/peers`.
+best users would, and lie in `benchmarks/peers`. A goal is reached if the median is within it; where
+it lies between the quartiles, another run may say otherwise. No figure is of a GPU.
 """
 
 

@@ -710,7 +710,7 @@ def test_data_that_is_slow_sample_by_sample_is_told(
     done = lab.train(lab.path)
     assert done.code == ExitCode.DONE, done.err
     found = re.findall(
-        r"which is (\d+) % of a step \((\S+) of (\S+) ms.* up to (\S+) times", done.err
+        r"which is (\d+) % of a step \((\S+) of (\S+) ms.* about (\S+) times", done.err
     )
     assert len(found) == times
     for share, waiting, whole, gain in found:

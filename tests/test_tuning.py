@@ -1,4 +1,4 @@
-"""The keys that say how is computed: compiled, channels last, with which kernels, pinned."""
+"""The keys that say how it is computed: compiled, channels last, with which kernels, pinned."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class ExactResume(pl.Callback):
         continues: Whether the run goes on itself; a new one that starts from another's state has
             stoppers of its own.
         refuses_changes: Whether data that is not that of the checkpoint ends the run.
-        tuning: How is computed.
+        tuning: How it is computed.
 
     Raises:
         CheckpointError: It does.

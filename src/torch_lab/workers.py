@@ -166,7 +166,7 @@ class Pace:
             log.info(
                 "samples are made one by one, which is %.0f %% of a step (%.2f of %.2f ms, the "
                 "median of %d): data in arrays, in a torch_lab.datasets.ArrayDataset, would make "
-                "training up to %.1f times as fast",
+                "training about %.1f times as fast",
                 *(100 * waiting / step, 1e3 * waiting, 1e3 * step, _MEASURED_STEPS),
                 step / (step - waiting * (1 - 1 / _TIMES_AS_FAST)),
             )
