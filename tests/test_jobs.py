@@ -73,6 +73,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_several_paths_run_in_the_order_given(lab: Lab) -> None:
     """Each in a process of its own, with a table at the end; one that fails stops no other."""
     result = lab.command("train", *paths(lab, "b", "bad", "a"))

@@ -114,6 +114,7 @@ def agent(
 # Handing over.
 
 
+@pytest.mark.slow
 def test_a_run_is_handed_over_and_goes_on_elsewhere(
     project: Lab, server: ClearMLServer, tmp_path: Path
 ) -> None:
