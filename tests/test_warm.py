@@ -92,7 +92,7 @@ def test_a_signal_reaches_it(warm: Warm, tmp_path: Path, words: list[str], code:
     """It may answer, or die of it."""
     with sleeping(warm, tmp_path, *words) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == code
+        assert process.wait(60) == code
 
 
 def test_a_kill_ends_it(warm: Warm, tmp_path: Path) -> None:
